@@ -1,0 +1,277 @@
+"""Where images come from: CIFAR-10, a folder of pictures, or the built-in drawn sample.
+
+All three give an `ImageData`. `make_loader` turns images and labels into batches.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torchvision import datasets
+
+from utils import InputError, sample
+from utils.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images uint8 (N, 3, H, W) and labels int64 (N,), for training and for the test.
+
+    `epochs` and `batch_size` are set where the data wants a schedule of its own (the sample).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    epochs: int | None = None
+    batch_size: int | None = None
+
+    @cached_property
+    def fingerprint(self):
+        """Sixteen hexadecimal digits of the SHA-256 of all images, labels and class names."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+    def __str__(self):
+        size = "×".join(map(str, self.train_images.shape[-2:]))
+        return (
+            f"{self.name}: {len(self.train_images):,} training and {len(self.test_images):,} "
+            f"test images of {size} pixels in {len(self.classes)} classes"
+        )
+
+
+def load(source="cifar10", *, root="data"):
+    """`ImageData` from "cifar10" (downloaded to `root` at first), "sample", or a folder's path.
+
+    Raises InputError, in one line that names the mend, where that fails.
+    """
+    if source == "cifar10":
+        return cifar10(root)
+    if source == "sample":
+        return builtin_sample()
+    return image_folder(source)
+
+
+def builtin_sample():
+    """Ten classes of drawn shapes and textures, made from a seed: for tests and first steps."""
+    return ImageData(
+        "the built-in sample of drawn shapes (not CIFAR-10)",
+        sample.CLASSES,
+        *sample.draw_sample(),
+        epochs=sample.EPOCHS,
+        batch_size=sample.BATCH_SIZE,
+    )
+
+
+def cifar10(root="data"):
+    """CIFAR-10 through torchvision: 50,000 and 10,000 images, checked against their checksums.
+
+    Downloads 170 MB at first. Raises InputError without a network or where a checksum fails.
+    """
+    folder = Path(root) / datasets.CIFAR10.base_folder
+    try:
+        datasets.CIFAR10(root, train=False)
+    except RuntimeError:  # not there, or not as it should be
+        _download_cifar10(Path(root), folder)
+    splits = []
+    for train in (True, False):
+        split = datasets.CIFAR10(root, train=train)
+        splits.append(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous())
+        splits.append(torch.tensor(split.targets))
+    return ImageData("CIFAR-10", tuple(split.classes), *splits)
+
+
+def _download_cifar10(root, folder):
+    """Into a temporary folder first: a download that was cut off leaves nothing behind."""
+    mend = "try again, or give --data a folder with train/<class>/* and test/<class>/*"
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=root) as temporary:
+            datasets.CIFAR10(temporary, download=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.move(Path(temporary) / folder.name, folder)
+    except (OSError, HTTPException) as error:
+        raise InputError(f"CIFAR-10 could not be downloaded ({error}); {mend}") from error
+    except RuntimeError as error:
+        raise InputError(f"the download of CIFAR-10 failed its checksum; {mend}") from error
+
+
+def image_folder(path):
+    """Pictures in `path`/train/<class>/* and `path`/test/<class>/*, all of one size.
+
+    Any classes, the same in both. Raises InputError where something is missing or broken.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"no folder {path}; give --data cifar10, sample or an existing folder")
+    listings = {}
+    for split in ("train", "test"):
+        try:
+            listings[split] = datasets.ImageFolder(path / split)
+        except FileNotFoundError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{path / split} must hold a folder of pictures for each class: {reason}"
+            ) from error
+    train, test = (listings[split].classes for split in ("train", "test"))
+    if train != test:
+        odd = sorted(set(train) ^ set(test))
+        raise InputError(
+            f"{path}: classes in only one of train/ and test/: {', '.join(odd)}; "
+            "give both the same class folders"
+        )
+    size = _read_picture(listings["train"].samples[0][0]).shape
+    splits = []
+    for split, listing in listings.items():
+        splits.append(_read_pictures([name for name, _ in listing.samples], size, split))
+        splits.append(torch.tensor(listing.targets))
+    return ImageData(f"the folder {path.name}", tuple(train), *splits)
+
+
+def _read_pictures(names, size, split):
+    """uint8 (N, 3, H, W). Threads help: decoding does not hold Python's lock."""
+    images = np.empty((len(names), *size), dtype=np.uint8)
+    with ThreadPoolExecutor() as pool:
+        pictures = pool.map(_read_picture, names)
+        bar = progress_bar(pictures, total=len(names), desc=f"reading {split} pictures")
+        for i, image in enumerate(bar):
+            if image.shape != size:
+                raise InputError(
+                    f"{names[i]} has {image.shape[1]}×{image.shape[0]} pixels, the first picture "
+                    f"{size[1]}×{size[0]}; bring all pictures to one size"
+                )
+            images[i] = image
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _read_picture(name):
+    try:
+        with Image.open(name) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
+        raise InputError(f"the picture {name} can't be read; replace or delete it") from error
+
+
+def validation_split(labels, *, fraction=0.1, seed=0):
+    """Indices (training, validation), both sorted: `fraction` of each class, drawn by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        order = torch.randperm(len(members), generator=generator)
+        chosen[members[order[: round(fraction * len(members))]]] = True
+    return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
+
+
+def hold_out(data, *, fraction=0.1, seed=0):
+    """The data with a validation split of its training images in the place of the test images."""
+    train, validation = validation_split(data.train_labels, fraction=fraction, seed=seed)
+    return replace(
+        data,
+        name=f"{data.name}, tested on a held-out part of its training images",
+        train_images=data.train_images[train],
+        train_labels=data.train_labels[train],
+        test_images=data.train_images[validation],
+        test_labels=data.train_labels[validation],
+    )
+
+
+class BatchDataset(Dataset):
+    """Gives whole batches: DataLoader hands `__getitems__` all of a batch's indices at once.
+
+    `transform`, a `BatchTransform`, works on the device that the images are on.
+    """
+
+    def __init__(self, images, labels, transform):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, indices):
+        indices = torch.as_tensor(indices, device=self.images.device)
+        return self.transform(self.images[indices]), self.labels[indices]
+
+    def seed(self, seed):
+        self.transform.seed(seed)
+
+
+class PerImageDataset(Dataset):
+    """The albumentations data set: one image at a time through `transform`, on the CPU."""
+
+    def __init__(self, images, labels, transform):
+        # albumentations wants (H, W, 3) arrays
+        self.images = images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels, self.transform = labels.cpu(), transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(image=self.images[index])["image"], self.labels[index]
+
+    def seed(self, seed):
+        self.transform.set_random_seed(seed % 2**32)
+
+
+def _seed_worker(_):
+    """albumentations keeps its own random state: without this all workers draw the same."""
+    info = get_worker_info()
+    info.dataset.seed(info.seed)
+
+
+class EpochLoader(DataLoader):
+    """A DataLoader whose order and augmentations depend on the seed and the epoch alone.
+
+    Call `set_epoch` before each epoch; a resumed run then goes on exactly as it would have.
+    With the per-image data set they depend on the number of worker processes as well.
+    """
+
+    def __init__(self, dataset, *, seed=0, **settings):
+        self.seed = seed
+        super().__init__(dataset, generator=torch.Generator(), **settings)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch):
+        """`epoch` counts from 0."""
+        order, draws = np.random.SeedSequence((self.seed, epoch)).generate_state(2).tolist()
+        self.generator.manual_seed(order)  # the sampler's, and the source of the workers' seeds
+        self.dataset.seed(draws)
+
+
+def make_loader(images, labels, transform, *, batch_size, shuffle=False, seed=0, workers=None):
+    """Batches of images float32 (B, 3, H, W) and labels int64 (B,); the last may be shorter.
+
+    With a `BatchTransform`, batches are made on the device of `images`, in this process. With
+    an albumentations pipeline they are made by `workers` processes (None: one a core, at most
+    eight; 0: this process).
+    """
+    settings = {"batch_size": batch_size, "shuffle": shuffle, "seed": seed}
+    if hasattr(transform, "set_random_seed"):
+        if workers is None:
+            workers = min(os.cpu_count() or 1, 8)
+        return EpochLoader(
+            PerImageDataset(images, labels, transform), **settings,
+            num_workers=workers, worker_init_fn=_seed_worker,
+        )
+    return EpochLoader(BatchDataset(images, labels, transform), **settings, collate_fn=_as_is)
+
+
+def _as_is(batch):
+    return batch

@@ -1,0 +1,78 @@
+"""The one-cycle learning rate of the assignment, and the range test that finds its limits."""
+
+import contextlib
+import io
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import OneCycleLR
+from torch_lr_finder import LRFinder
+
+from utils import InputError
+
+
+def one_cycle(optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr):
+    """The rate rises from `min_lr` to `max_lr` at the end of `peak_epoch`, then falls back.
+
+    Linear both ways and "no annihilation": the last of `total_steps` steps has `min_lr` again.
+    Step it once after each optimizer step. The optimizer's momentum is left alone.
+    Source: Smith, "A disciplined approach to neural network hyper-parameters" (2018).
+    """
+    return OneCycleLR(
+        optimizer,
+        max_lr=max_lr,
+        total_steps=max(total_steps, 2),
+        # 5/24 peaks at the end of epoch 5; the usual 0.2 peaks at epoch 4.8. In the shortest of
+        # runs one step up is kept.
+        pct_start=min(1.0, max(peak_epoch / epochs, 2 / total_steps)),
+        anneal_strategy="linear",
+        cycle_momentum=False,
+        div_factor=max_lr / min_lr,
+        final_div_factor=1,
+    )
+
+
+def one_cycle_rates(*, total_steps, **settings):
+    """The learning rate of each step, as a list: the schedule without a training run."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = one_cycle(optimizer, total_steps=total_steps, **settings)
+    rates = []
+    for _ in range(total_steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def lr_range_test(
+    model, loader, optimizer, *, start_lr=1e-6, end_lr=1.0, steps=100, dtype=None, smoothing=0.2
+):
+    """Trains for some steps while the rate grows from `start_lr` to `end_lr`, by torch-lr-finder.
+
+    Model and optimizer are put back as they were. Returns (rates, losses, suggestion): two lists,
+    the losses smoothed, and the rate where the loss falls fastest. Stops early where the loss
+    diverges. `dtype`: of mixed precision, None for float32.
+    Source: Smith, "Cyclical learning rates for training neural networks" (2017).
+    """
+    device = next(model.parameters()).device
+    finder = LRFinder(
+        model,
+        optimizer,
+        torch.nn.CrossEntropyLoss(),
+        device=device,
+        amp_backend="torch",
+        amp_config={"device_type": device.type, "dtype": dtype, "enabled": dtype is not None},
+        grad_scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints where its own plot is
+        finder.range_test(
+            loader, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=smoothing
+        )
+    finder.reset()
+    rates, losses = finder.history["lr"], finder.history["loss"]
+    finite = np.isfinite(losses)  # the library goes on after a loss that is not a number
+    end = len(losses) if finite.all() else int(finite.argmin())
+    rates, losses = rates[:end], losses[:end]
+    if end < 2:
+        raise InputError(f"the loss is not finite at a rate of {start_lr}; start lower")
+    return rates, losses, rates[int(np.gradient(losses).argmin())]

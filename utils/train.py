@@ -1,0 +1,191 @@
+"""Train a recipe from the command line: `python -m utils.train s10 --data sample`."""
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import textwrap
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # figures go to files; no window, no display needed
+
+import matplotlib.pyplot as plt
+import torch
+import torchvision
+
+from utils import InputError, data, plotting, training
+from utils.models import CustomResNet
+from utils.recipes import RECIPES, recipe
+from utils.schedule import one_cycle, one_cycle_rates
+
+
+def main(arguments=None):
+    args = _parse(arguments)
+    try:
+        _run(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command with --resume goes on from the last whole epoch")
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.train",
+        description="Trains a recipe and writes weights, history, metrics and figures to a folder.",
+    )
+    parser.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
+    parser.add_argument(
+        "--data", default="cifar10", metavar="cifar10|sample|DIR",
+        help="CIFAR-10 (downloaded to data/ at first), the built-in sample, or a folder with "
+        "train/<class>/* and test/<class>/* (default: cifar10)",
+    )
+    parser.add_argument("--epochs", type=int, help="another length; the peak moves along with it")
+    parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
+    parser.add_argument("--device", help="cuda, mps, cpu, … (default: the best there is)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto",
+        help="auto: bf16 or fp16 where the device multiplies it natively (default)",
+    )
+    parser.add_argument("--out", type=Path, help="default: runs/<recipe>-<data>-seed<seed>")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
+    parser.add_argument(
+        "--validate", action="store_true",
+        help="hold out a tenth of the training images and report on it, not on the test images; "
+        "for choosing settings",
+    )
+    return parser.parse_args(arguments)
+
+
+PRECISIONS = {
+    "auto": training.amp_dtype,
+    "fp32": lambda device: None,
+    "bf16": lambda device: torch.bfloat16,
+    "fp16": lambda device: torch.float16,
+}
+
+
+def _seed(text):
+    seed = int(text)
+    if seed < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return seed
+
+
+def _run(args):
+    start = time.perf_counter()
+    settings = recipe(args.recipe).scaled(epochs=args.epochs)
+    device = training.pick_device(args.device)
+    dtype = PRECISIONS[args.precision](device)
+    out = args.out or Path("runs") / f"{args.recipe}-{Path(args.data).name}-seed{args.seed}"
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists() and not args.resume:
+        raise InputError(
+            f"{out} holds a run already; add --resume to go on with it, or name another --out"
+        )
+    images = data.load(args.data)
+    if args.validate:
+        images = data.hold_out(images)
+    if images.batch_size:  # the sample's own schedule
+        epochs = args.epochs or images.epochs
+        settings = settings.scaled(epochs=epochs, batch_size=images.batch_size)
+    print(f"data     {images}")
+    print(textwrap.fill(f"recipe   {settings}", 92, subsequent_indent=" " * 9))
+    print(f"device   {training.device_name(device)}, {str(dtype or torch.float32)[6:]}")
+    print(f"output   {out}\n", flush=True)
+
+    model, test_loader, history = train(
+        settings, images, seed=args.seed, device=device, dtype=dtype,
+        checkpoint=checkpoint, resume=args.resume,
+    )
+    training.save_weights(model, out / "weights.safetensors")
+    history.save(out / "history.csv")
+    figures = save_figures(out, settings, images, model, test_loader, history, dtype)
+    metrics = {
+        "recipe": dataclasses.asdict(settings),
+        "seed": args.seed,
+        "data": {"name": images.name, "fingerprint": images.fingerprint},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "device": training.device_name(device),
+        "precision": str(dtype or torch.float32)[6:],
+        "training_seconds": sum(history.column("seconds")),
+        "last_epoch": history[-1],
+    }
+    with training.whole_file(out / "metrics.json") as part:
+        part.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    last = history[-1]
+    elapsed = timedelta(seconds=round(time.perf_counter() - start))
+    print(
+        f"\ntest accuracy {last['test_acc']:.2f} %, train accuracy {last['train_acc']:.2f} % at "
+        f"epoch {last['epoch']} on {images.name}, in {elapsed}"
+    )
+    print("figures  " + " ".join(str(path) for path in figures))
+
+
+def train(settings, images, *, seed=0, device, dtype=None, checkpoint=None, resume=False):
+    """Builds everything that the recipe `settings` names and trains it on an `ImageData`.
+
+    Returns the model, the loader of the test images, and the `History`.
+    """
+    train_loader, test_loader = training.make_loaders(settings, images, seed=seed, device=device)
+    torch.manual_seed(seed)
+    model = CustomResNet(len(images.classes), fc_bias=settings.fc_bias)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = training.make_optimizer(model, settings)
+    scheduler = one_cycle(
+        optimizer, total_steps=settings.epochs * len(train_loader), **settings.rates()
+    )
+    history = training.fit(
+        model, train_loader, test_loader, optimizer, scheduler, recipe=settings, dtype=dtype,
+        checkpoint=checkpoint, resume=resume,
+        identity={"seed": seed, "data": images.fingerprint},
+    )
+    return model, test_loader, history
+
+
+def save_figures(out, settings, images, model, test_loader, history, dtype):
+    """Draws the run's pictures into the folder `out` and returns their paths."""
+    plotting.use_style()
+    logits, labels = training.predict(model, test_loader, dtype=dtype)
+    confidences, predictions = logits.softmax(1).max(1)
+    matrix = training.confusion_matrix(predictions, labels, len(images.classes))
+    wrong = (predictions != labels).nonzero().squeeze(1)[:10]
+    steps_per_epoch = -(-len(images.train_images) // settings.batch_size)
+    rates = one_cycle_rates(
+        total_steps=settings.epochs * steps_per_epoch, **settings.rates()
+    )
+    drawn = {
+        "schedule": lambda: plotting.lr_schedule(rates, steps_per_epoch=steps_per_epoch),
+        "loss": lambda: plotting.loss_curves(history),
+        "accuracy": lambda: plotting.accuracy_curves(history),
+        "per_class": lambda: plotting.per_class_accuracy(matrix, images.classes),
+        "confusion": lambda: plotting.confusion_matrix(matrix, images.classes),
+    }
+    if len(wrong):
+        drawn["misclassified"] = lambda: plotting.misclassified_grid(
+            images.test_images[wrong], labels[wrong], predictions[wrong], confidences[wrong],
+            images.classes,
+        )
+    paths = []
+    for name, draw in drawn.items():
+        draw()
+        figure = plt.gcf()
+        figure.suptitle(f"{settings.name} on {images.name}")
+        paths.append(out / f"{name}.png")
+        with training.whole_file(paths[-1]) as part:
+            figure.savefig(part, format="png")
+        plt.close(figure)
+    return paths
+
+
+if __name__ == "__main__":
+    main()
