@@ -49,7 +49,9 @@ class Recipe:
 
     def identity(self):
         """The settings that are not the defaults: what the checkpoints of one run agree in."""
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
+        values = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
+        values.pop("claimed", None)
+        return values
 
     def rates(self):
         """What `one_cycle` needs to know, as keyword arguments."""

@@ -50,8 +50,8 @@ def lr_range_test(
     """Trains for some steps while the rate grows from `start_lr` to `end_lr`, by torch-lr-finder.
 
     Model and optimizer are put back as they were. Returns (rates, losses, suggestion): two lists,
-    the losses smoothed, and the rate where the loss falls fastest. Stops early where the loss
-    diverges. `dtype`: of mixed precision, None for float32.
+    the losses smoothed, and the rate where the loss falls fastest on its way to the lowest.
+    Stops early where the loss is twice the lowest. `dtype`: of mixed precision, None for float32.
     Source: Smith, "Cyclical learning rates for training neural networks" (2017).
     """
     device = next(model.parameters()).device
@@ -66,7 +66,8 @@ def lr_range_test(
     )
     with contextlib.redirect_stdout(io.StringIO()):  # it prints where its own plot is
         finder.range_test(
-            loader, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=smoothing
+            loader, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=smoothing,
+            diverge_th=2,
         )
     finder.reset()
     rates, losses = finder.history["lr"], finder.history["loss"]
@@ -75,4 +76,5 @@ def lr_range_test(
     rates, losses = rates[:end], losses[:end]
     if end < 2:
         raise InputError(f"the loss is not finite at a rate of {start_lr}; start lower")
-    return rates, losses, rates[int(np.gradient(losses).argmin())]
+    before_lowest = losses[: max(int(np.argmin(losses)), 1) + 1]  # after it, noise decides
+    return rates, losses, rates[int(np.gradient(before_lowest).argmin())]
