@@ -1,14 +1,16 @@
 """Progress bars: in notebooks and terminals; none where the output goes to a file.
 
-The environment variable TQDM_DISABLE=1 turns them off everywhere.
+Text bars, in notebooks too: notebooks with stored widgets often can't be shown on GitHub.
+The environment variable TQDM_DISABLE=1 keeps them out of a notebook that is to be stored.
 """
 
-from tqdm.auto import tqdm
-from tqdm.notebook import tqdm_notebook
+import sys
+
+from tqdm import tqdm
 
 
 def progress_bar(*args, **settings):
     """A tqdm bar that vanishes when it is done."""
-    if not issubclass(tqdm, tqdm_notebook):
+    if "ipykernel" not in sys.modules:
         settings["disable"] = None  # tqdm's word for: unless this is a terminal
     return tqdm(*args, leave=False, **settings)

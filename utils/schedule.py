@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch_lr_finder import LRFinder
 
 from utils import InputError
+from utils.progress import progress_bar
 
 
 def one_cycle(optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr):
@@ -64,7 +66,11 @@ def lr_range_test(
         amp_config={"device_type": device.type, "dtype": dtype, "enabled": dtype is not None},
         grad_scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints where its own plot is
+    # The library's own bar is a widget in notebooks, and it prints how to draw its own plot.
+    with (
+        patch("torch_lr_finder.lr_finder.tqdm", progress_bar),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         finder.range_test(
             loader, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=smoothing,
             diverge_th=2,

@@ -1,0 +1,36 @@
+"""What both notebooks begin with: which data, how many epochs, which device, where to save.
+
+The environment variable COURSE_DATA is read here and nowhere else: `cifar10` (the default) or a
+folder for the real run, `sample` for a run of a minute on the built-in sample, as in the tests.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from utils import data, training
+from utils.recipes import recipe
+
+CPU_EPOCHS = 5
+SAMPLE_EPOCHS = 2
+
+
+def begin(name):
+    """(recipe, images, device, dtype, folder) for the notebook of the recipe `name`.
+
+    On a CPU the recipe is shortened to five epochs, on the sample to two; its peak stays at the
+    same fraction. `folder` keeps the checkpoints, so that a run that was cut off can go on; for
+    the sample it is a new temporary one.
+    """
+    source = os.environ.get("COURSE_DATA", "cifar10")
+    images = data.load(source)
+    device = training.pick_device()
+    settings = recipe(name)
+    if source == "sample":
+        settings = settings.scaled(epochs=SAMPLE_EPOCHS, batch_size=images.batch_size)
+        folder = Path(tempfile.mkdtemp())
+    else:
+        if device.type == "cpu":
+            settings = settings.scaled(epochs=CPU_EPOCHS)
+        folder = Path("runs") / f"{name}-notebook-{settings.epochs}-epochs"
+    return settings, images, device, training.amp_dtype(device), folder
