@@ -164,7 +164,7 @@ def _read_picture(name):
     try:
         with Image.open(name) as picture:
             return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
+    except (OSError, SyntaxError, ValueError) as error:  # all three come from Pillow's readers
         raise InputError(f"the picture {name} can't be read; replace or delete it") from error
 
 
