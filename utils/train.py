@@ -182,7 +182,7 @@ def save_figures(out, settings, images, model, test_loader, history, dtype):
         figure.suptitle(f"{settings.name} on {images.name}")
         paths.append(out / f"{name}.png")
         with training.whole_file(paths[-1]) as part:
-            figure.savefig(part, format="png")
+            figure.savefig(part, format="png", bbox_inches="tight")
         plt.close(figure)
     return paths
 
