@@ -27,7 +27,8 @@ from utils.progress import progress_bar
 class ImageData:
     """Images uint8 (N, 3, H, W) and labels int64 (N,), for training and for the test.
 
-    `epochs` and `batch_size` are set where the data wants a schedule of its own (the sample).
+    The validation images, where there are some, are set aside from the training images. `epochs`
+    and `batch_size` are set where the data wants a schedule of its own (the sample).
     """
 
     name: str
@@ -38,6 +39,8 @@ class ImageData:
     test_labels: torch.Tensor
     epochs: int | None = None
     batch_size: int | None = None
+    validation_images: torch.Tensor | None = None
+    validation_labels: torch.Tensor | None = None
 
     @cached_property
     def fingerprint(self):
@@ -50,9 +53,12 @@ class ImageData:
 
     def __str__(self):
         size = "×".join(map(str, self.train_images.shape[-2:]))
+        training = f"{len(self.train_images):,} training"
+        if self.validation_images is not None:
+            training += f", {len(self.validation_images):,} validation"
         return (
-            f"{self.name}: {len(self.train_images):,} training and {len(self.test_images):,} "
-            f"test images of {size} pixels in {len(self.classes)} classes"
+            f"{self.name}: {training} and {len(self.test_images):,} test images of {size} pixels "
+            f"in {len(self.classes)} classes"
         )
 
 
@@ -179,16 +185,37 @@ def validation_split(labels, *, fraction=0.1, seed=0):
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
 
 
-def hold_out(data, *, fraction=0.1, seed=0):
-    """The data with a validation split of its training images in the place of the test images."""
+def with_validation(data, *, fraction=0.1, seed=0):
+    """The data with a validation split of its training images set aside; none for fraction 0.
+
+    Raises InputError where all classes are too small for that.
+    """
+    if not fraction:
+        return data
     train, validation = validation_split(data.train_labels, fraction=fraction, seed=seed)
+    if not len(validation):
+        raise InputError(
+            f"too few training images to set {fraction:.0%} of each class aside; give more"
+        )
     return replace(
         data,
-        name=f"{data.name}, tested on a held-out part of its training images",
         train_images=data.train_images[train],
         train_labels=data.train_labels[train],
-        test_images=data.train_images[validation],
-        test_labels=data.train_labels[validation],
+        validation_images=data.train_images[validation],
+        validation_labels=data.train_labels[validation],
+    )
+
+
+def hold_out(data, *, fraction=0.1, seed=0):
+    """The data with a validation split of its training images in the place of the test images."""
+    split = with_validation(data, fraction=fraction, seed=seed)
+    return replace(
+        split,
+        name=f"{data.name}, tested on a held-out part of its training images",
+        test_images=split.validation_images,
+        test_labels=split.validation_labels,
+        validation_images=None,
+        validation_labels=None,
     )
 
 
@@ -210,6 +237,13 @@ class BatchDataset(Dataset):
 
     def seed(self, seed):
         self.transform.seed(seed)
+
+
+class RawBatchDataset(BatchDataset):
+    """Gives the batches as they are: for a loop that transforms them later, on its own device."""
+
+    def __getitems__(self, indices):
+        return self.images[indices], self.labels[indices]
 
 
 class PerImageDataset(Dataset):
@@ -254,15 +288,23 @@ class EpochLoader(DataLoader):
         self.generator.manual_seed(order)  # the sampler's, and the source of the workers' seeds
         self.dataset.seed(draws)
 
+    def __iter__(self):
+        # A generator, so that nothing is drawn before the first batch is asked for: Lightning
+        # makes its iterator before the hook in which it can call `set_epoch`.
+        yield from super().__iter__()
 
-def make_loader(images, labels, transform, *, batch_size, shuffle=False, seed=0, workers=None):
+
+def make_loader(
+    images, labels, transform, *, batch_size, shuffle=False, sampler=None, seed=0, workers=None,
+    raw=False,
+):
     """Batches of images float32 (B, 3, H, W) and labels int64 (B,); the last may be shorter.
 
     With a `BatchTransform`, batches are made on the device of `images`, in this process. With
     an albumentations pipeline they are made by `workers` processes (None: one a core, at most
-    eight; 0: this process).
+    eight; 0: this process). With `raw` whole batches stay uint8, for a later `transform`.
     """
-    settings = {"batch_size": batch_size, "shuffle": shuffle, "seed": seed}
+    settings = {"batch_size": batch_size, "shuffle": shuffle, "sampler": sampler, "seed": seed}
     if hasattr(transform, "set_random_seed"):
         if workers is None:
             workers = min(os.cpu_count() or 1, 8)
@@ -270,7 +312,8 @@ def make_loader(images, labels, transform, *, batch_size, shuffle=False, seed=0,
             PerImageDataset(images, labels, transform), **settings,
             num_workers=workers, worker_init_fn=_seed_worker,
         )
-    return EpochLoader(BatchDataset(images, labels, transform), **settings, collate_fn=_as_is)
+    dataset = (RawBatchDataset if raw else BatchDataset)(images, labels, transform)
+    return EpochLoader(dataset, **settings, collate_fn=_as_is)
 
 
 def _as_is(batch):

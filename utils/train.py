@@ -1,8 +1,11 @@
 """Train a recipe from the command line: `python -m utils.train s10 --data sample`."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import os
 import platform
 import sys
 import textwrap
@@ -26,10 +29,14 @@ from utils.schedule import one_cycle, one_cycle_rates
 
 def main(arguments=None):
     args = _parse(arguments)
+    # Where torchrun, SLURM or Lightning start several processes, only the first one speaks.
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
     try:
-        _run(args)
+        with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+            _run(args)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if first else 1)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command with --resume goes on from the last whole epoch")
 
@@ -46,6 +53,10 @@ def _parse(arguments):
         "train/<class>/* and test/<class>/* (default: cifar10)",
     )
     parser.add_argument("--epochs", type=int, help="another length; the peak moves along with it")
+    parser.add_argument(
+        "--batch-size", type=int, help="of all processes together (default: the recipe's)"
+    )
+    parser.add_argument("--max-lr", type=float, help="the rate at the peak; min_lr keeps its share")
     parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
     parser.add_argument("--device", help="cuda, mps, cpu, … (default: the best there is)")
     parser.add_argument(
@@ -59,7 +70,24 @@ def _parse(arguments):
         help="hold out a tenth of the training images and report on it, not on the test images; "
         "for choosing settings",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--loop", choices=CHECKPOINTS,
+        help="our own loop, or PyTorch Lightning's (default: the recipe's)",
+    )
+    scale = parser.add_argument_group("with --loop lightning")
+    scale.add_argument(
+        "--devices", type=_count, default=1, metavar="N", help="processes a machine (default: 1)"
+    )
+    scale.add_argument(
+        "--num-nodes", type=_count, default=1, metavar="N", help="machines (default: 1)"
+    )
+    scale.add_argument("--strategy", default="auto", help="ddp, … (default: Lightning's choice)")
+    args = parser.parse_args(arguments)
+    args.out = args.out or Path("runs") / f"{args.recipe}-{Path(args.data).name}-seed{args.seed}"
+    return args
+
+
+CHECKPOINTS = {"plain": "checkpoint.pt", "lightning": "last.ckpt"}
 
 
 PRECISIONS = {
@@ -77,35 +105,65 @@ def _seed(text):
     return seed
 
 
+def _count(text):
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return count
+
+
+def _settings(args):
+    """The recipe as the command line has it, before the data is known."""
+    settings = recipe(args.recipe).scaled(
+        epochs=args.epochs, batch_size=args.batch_size, max_lr=args.max_lr
+    )
+    settings = dataclasses.replace(settings, loop=args.loop or settings.loop)
+    scale = (args.devices, args.num_nodes, args.strategy)
+    if settings.loop == "plain" and scale != (1, 1, "auto"):
+        raise InputError("--devices, --num-nodes and --strategy need --loop lightning")
+    there = [loop for loop, name in CHECKPOINTS.items() if (args.out / name).exists()]
+    if there and not args.resume:
+        raise InputError(
+            f"{args.out} holds a run already; add --resume to go on with it, or name another --out"
+        )
+    if there and settings.loop not in there:
+        raise InputError(f"{args.out} holds a run of the other loop; add --loop {there[0]}")
+    return settings
+
+
 def _run(args):
     start = time.perf_counter()
-    settings = recipe(args.recipe).scaled(epochs=args.epochs)
+    settings, out = _settings(args), args.out
     device = training.pick_device(args.device)
     dtype = PRECISIONS[args.precision](device)
-    out = args.out or Path("runs") / f"{args.recipe}-{Path(args.data).name}-seed{args.seed}"
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists() and not args.resume:
-        raise InputError(
-            f"{out} holds a run already; add --resume to go on with it, or name another --out"
-        )
     images = data.load(args.data)
     if args.validate:
         images = data.hold_out(images)
-    if images.batch_size:  # the sample's own schedule
-        epochs = args.epochs or images.epochs
-        settings = settings.scaled(epochs=epochs, batch_size=images.batch_size)
+    images = data.with_validation(images, fraction=settings.held_out)
+    settings = settings.scaled(  # the sample has a schedule of its own
+        epochs=args.epochs or images.epochs, batch_size=args.batch_size or images.batch_size
+    )
     print(f"data     {images}")
     print(textwrap.fill(f"recipe   {settings}", 92, subsequent_indent=" " * 9))
     print(f"device   {training.device_name(device)}, {str(dtype or torch.float32)[6:]}")
     print(f"output   {out}\n", flush=True)
 
-    model, test_loader, history = train(
-        settings, images, seed=args.seed, device=device, dtype=dtype,
-        checkpoint=checkpoint, resume=args.resume,
-    )
+    how = {"seed": args.seed, "device": device, "dtype": dtype, "resume": args.resume}
+    if settings.loop == "lightning":
+        scale = {"devices": args.devices, "num_nodes": args.num_nodes, "strategy": args.strategy}
+        trained = train_lightning(settings, images, out=out, **how, **scale)
+    else:
+        trained = train(settings, images, checkpoint=out / CHECKPOINTS["plain"], **how)
+    if trained is None:  # not the first process
+        return
+    model, test_loader, history = trained
     training.save_weights(model, out / "weights.safetensors")
     history.save(out / "history.csv")
     figures = save_figures(out, settings, images, model, test_loader, history, dtype)
+    if settings.loop == "lightning":
+        from utils import lightning_loop
+
+        lightning_loop.log_pictures(out, figures, step=settings.epochs)
     metrics = {
         "recipe": dataclasses.asdict(settings),
         "seed": args.seed,
@@ -137,9 +195,7 @@ def train(settings, images, *, seed=0, device, dtype=None, checkpoint=None, resu
     Returns the model, the loader of the test images, and the `History`.
     """
     train_loader, test_loader = training.make_loaders(settings, images, seed=seed, device=device)
-    torch.manual_seed(seed)
-    model = CustomResNet(len(images.classes), fc_bias=settings.fc_bias)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = new_model(settings, images, seed=seed).to(device)
     optimizer = training.make_optimizer(model, settings)
     scheduler = one_cycle(
         optimizer, total_steps=settings.epochs * len(train_loader), **settings.rates()
@@ -150,6 +206,41 @@ def train(settings, images, *, seed=0, device, dtype=None, checkpoint=None, resu
         identity={"seed": seed, "data": images.fingerprint},
     )
     return model, test_loader, history
+
+
+def train_lightning(
+    settings, images, *, seed=0, device, dtype=None, out, resume=False, **scale
+):
+    """`train` under PyTorch Lightning, which keeps checkpoints and logs in the folder `out`.
+
+    `scale`: `devices`, `num_nodes` and `strategy` of its Trainer. Returns the same, but None in
+    all processes except the first.
+    """
+    from utils import lightning_loop  # here, because it takes seconds
+
+    module = lightning_loop.Classifier(
+        new_model(settings, images, seed=seed), settings, len(images.classes),
+        identity={"seed": seed, "data": images.fingerprint},
+    )
+    trainer = lightning_loop.make_trainer(
+        settings, out, device=device, dtype=dtype,
+        validation=images.validation_images is not None, **scale,
+    )
+    history = lightning_loop.fit(
+        trainer, module, lightning_loop.ImageDataModule(settings, images, seed=seed),
+        resume=resume,
+    )
+    if not trainer.is_global_zero:
+        return None
+    _, test_loader = training.make_loaders(settings, images, device=device)
+    return module.model.to(device), test_loader, history
+
+
+def new_model(settings, images, *, seed=0):
+    """The recipe's network for an `ImageData`, initialised by `seed`, on the CPU."""
+    torch.manual_seed(seed)
+    model = CustomResNet(len(images.classes), fc_bias=settings.fc_bias)
+    return model.to(memory_format=torch.channels_last)
 
 
 def save_figures(out, settings, images, model, test_loader, history, dtype):

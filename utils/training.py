@@ -64,9 +64,25 @@ def autocast(device, dtype):
 
 def make_optimizer(model, recipe):
     """The recipe's optimizer, at the rate where its schedule starts."""
-    return torch.optim.Adam(
+    optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return optimizers[recipe.optimizer](
         model.parameters(), lr=recipe.min_lr, weight_decay=recipe.weight_decay, fused=True
     )
+
+
+def make_transforms(recipe, images):
+    """The recipe's transform of the training images of an `ImageData`, and that of the others."""
+    mean, std = channel_statistics(images.train_images)
+    settings = {
+        name: getattr(recipe, name)
+        for name in ("padding", "flip", "rotation", "brightness", "cutout")
+    }
+    if recipe.per_image:
+        size = images.train_images.shape[-2:]
+        augment = albumentations_pipeline(mean, std, size=size, **settings)
+    else:
+        augment = BatchTransform(mean, std, **settings)
+    return augment, BatchTransform(mean, std, augment=False)
 
 
 def make_loaders(recipe, images, *, seed=0, device, workers=None):
@@ -75,20 +91,14 @@ def make_loaders(recipe, images, *, seed=0, device, workers=None):
     Whole batches are made on `device`; for a recipe with `per_image`, `workers` processes make
     the training batches with albumentations.
     """
-    mean, std = channel_statistics(images.train_images)
-    settings = {"padding": recipe.padding, "flip": recipe.flip, "cutout": recipe.cutout}
-    if recipe.per_image:
-        size = images.train_images.shape[-2:]
-        transform, home = albumentations_pipeline(mean, std, size=size, **settings), "cpu"
-    else:
-        transform, home = BatchTransform(mean, std, **settings), device
+    augment, normalize = make_transforms(recipe, images)
+    home = "cpu" if recipe.per_image else device
     train_loader = make_loader(
-        images.train_images.to(home), images.train_labels.to(home), transform,
+        images.train_images.to(home), images.train_labels.to(home), augment,
         batch_size=recipe.batch_size, shuffle=True, seed=seed, workers=workers,
     )
     test_loader = make_loader(
-        images.test_images.to(device), images.test_labels.to(device),
-        BatchTransform(mean, std, augment=False), batch_size=1000,
+        images.test_images.to(device), images.test_labels.to(device), normalize, batch_size=1000,
     )
     return train_loader, test_loader
 
@@ -140,14 +150,14 @@ def train_epoch(model, loader, optimizer, scheduler, *, bar=None, **step_setting
         correct_sum += correct
         count += len(labels)
         if step % 25 == 0:
-            _assert_finite(loss_sum)
+            assert_finite(loss_sum)
         if bar is not None:
             bar.update(len(labels))
-    _assert_finite(loss_sum)
+    assert_finite(loss_sum)
     return loss_sum.item() / count, 100 * correct_sum.item() / count, rate
 
 
-def _assert_finite(loss):
+def assert_finite(loss):
     if not math.isfinite(loss):
         raise InputError(
             "the loss is not finite any more; lower the recipe's max_lr or give more epochs "
@@ -284,7 +294,7 @@ def fit(
             )
             seconds = time.perf_counter() - start
             test_loss, test_acc = evaluate(model, test_loader, dtype=dtype)
-            _assert_finite(test_loss)
+            assert_finite(test_loss)
             history.append({
                 "epoch": epoch + 1, "lr": rate,
                 "train_loss": train_loss, "train_acc": train_acc,
@@ -304,8 +314,8 @@ def _save_checkpoint(path, parts, identity, history):
         torch.save({"identity": identity, "history": list(history), **state}, part)
 
 
-def _load_checkpoint(path, parts, identity, device):
-    """Puts the saved states into `parts`. Returns the history's rows."""
+def read_checkpoint(path, identity, *, device="cpu"):
+    """What `path` holds, a dict. Raises InputError where it is damaged or of another run."""
     try:
         # weights_only: a file from elsewhere must not run code
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -319,6 +329,12 @@ def _load_checkpoint(path, parts, identity, device):
             f"the checkpoint {path} belongs to another run (its {' and '.join(differing)} "
             "differs); delete it or choose another --out"
         )
+    return saved
+
+
+def _load_checkpoint(path, parts, identity, device):
+    """Puts the saved states into `parts`. Returns the history's rows."""
+    saved = read_checkpoint(path, identity, device=device)
     for name, part in parts.items():
         if saved[name]:  # a scaler that was not in use is empty
             part.load_state_dict(saved[name])

@@ -1,8 +1,8 @@
 """Augmentation and normalisation, once image by image and once for whole batches.
 
 Both do the same: pad 4 black pixels a side (32×32 becomes 40×40), crop a random 32×32, flip
-left-right with probability 0.5, normalise, and set one random 8×8 square to 0, which after
-normalisation is the data set's mean.
+left-right with probability 0.5, where the recipe says so turn and brighten or darken, normalise,
+and set one random 8×8 square to 0, which after normalisation is the data set's mean.
 """
 
 import os
@@ -27,11 +27,13 @@ def channel_statistics(images):
 
 
 def albumentations_pipeline(
-    mean, std, *, size=(32, 32), padding=4, flip=0.5, cutout=8, augment=True
+    mean, std, *, size=(32, 32), padding=4, flip=0.5, rotation=0, brightness=0, cutout=8,
+    augment=True,
 ):
     """The transforms for one image as an albumentations pipeline.
 
-    It is called with `image=` a uint8 array (H, W, 3), and gives {"image": float32 tensor
+    `rotation`: degrees, at most, either way; `brightness` 0.2: factors from 0.8 to 1.2. It is
+    called with `image=` a uint8 array (H, W, 3), and gives {"image": float32 tensor
     (3, H, W)}. `set_random_seed` of the pipeline fixes its draws.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import looks online
@@ -40,7 +42,7 @@ def albumentations_pipeline(
     from albumentations.pytorch import ToTensorV2
 
     height, width = size
-    steps = [A.Normalize(mean=tuple(map(float, mean)), std=tuple(map(float, std)))]
+    steps = []
     if augment:
         # PadIfNeeded pads *up to* a size, so the size to name is 40, not 36.
         steps = [
@@ -52,16 +54,24 @@ def albumentations_pipeline(
             ),
             A.RandomCrop(height, width),
             A.HorizontalFlip(p=flip),
-            *steps,
         ]
-        if cutout:
-            hole = (cutout, cutout)
+        if rotation:
+            limit = (-rotation, rotation)
+            steps.append(A.Rotate(limit, border_mode=cv2.BORDER_CONSTANT, fill=0, p=1))
+        if brightness:
+            # A factor. RandomBrightnessContrast would add, and turn the black border grey.
+            limit, off = (1 - brightness, 1 + brightness), (1, 1)
             steps.append(
-                A.CoarseDropout(
-                    num_holes_range=(1, 1), hole_height_range=hole, hole_width_range=hole,
-                    fill=0, p=1,
-                )
+                A.ColorJitter(brightness=limit, contrast=off, saturation=off, hue=(0, 0), p=1)
             )
+    steps.append(A.Normalize(mean=tuple(map(float, mean)), std=tuple(map(float, std))))
+    if augment and cutout:
+        hole = (cutout, cutout)
+        steps.append(
+            A.CoarseDropout(
+                num_holes_range=(1, 1), hole_height_range=hole, hole_width_range=hole, fill=0, p=1
+            )
+        )
     return A.Compose([*steps, ToTensorV2()])
 
 
@@ -73,10 +83,13 @@ class BatchTransform:
     same seed gives other draws.
     """
 
-    def __init__(self, mean, std, *, padding=4, flip=0.5, cutout=8, augment=True):
+    def __init__(
+        self, mean, std, *, padding=4, flip=0.5, rotation=0, brightness=0, cutout=8, augment=True
+    ):
         self.mean = torch.as_tensor(mean, dtype=torch.float32).view(3, 1, 1)
         self.std = torch.as_tensor(std, dtype=torch.float32).view(3, 1, 1)
         self.padding, self.flip, self.cutout, self.augment = padding, flip, cutout, augment
+        self.rotation, self.brightness = rotation, brightness
         self._seed, self._generator = 0, None
 
     def seed(self, seed):
@@ -91,6 +104,10 @@ class BatchTransform:
             self._generator = torch.Generator(images.device).manual_seed(self._seed)
         images = random_flip(random_crop(images, self.padding, self._generator), self.flip,
                              self._generator)
+        if self.rotation:
+            images = random_rotation(images.float(), self.rotation, self._generator)
+        if self.brightness:
+            images = random_brightness(images.float(), self.brightness, self._generator)
         return cutout(self.normalize(images), self.cutout, self._generator)
 
     def normalize(self, images):
@@ -121,6 +138,40 @@ def random_flip(images, probability, generator=None):
     """Mirrors each image of (N, C, H, W) left to right with that probability."""
     flipped = torch.rand(len(images), device=images.device, generator=generator) < probability
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def rotate(images, degrees):
+    """Turns each image of float (N, C, H, W) anticlockwise about its centre, by `degrees` (N,).
+
+    Bilinear; what comes in from outside is black.
+    """
+    height, width = images.shape[-2:]
+    angle = degrees.deg2rad()
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    # Where each pixel of the result comes from, so the turn back; y points down, and both axes
+    # run from -1 to 1 whatever the sides are.
+    matrix = torch.stack(
+        [cos, -sin * height / width, zero, sin * width / height, cos, zero], dim=1
+    ).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def _draw_around_zero(upper, images, generator):
+    """A number from -upper to upper for each image."""
+    numbers = torch.rand(len(images), device=images.device, generator=generator)
+    return upper * (2 * numbers - 1)
+
+
+def random_rotation(images, degrees, generator=None):
+    """Turns each image of float (N, C, H, W) by its own angle, at most `degrees` either way."""
+    return rotate(images, _draw_around_zero(degrees, images, generator))
+
+
+def random_brightness(images, spread, generator=None):
+    """Multiplies each image of float (N, C, H, W) in 0..255 by its own 1 - spread .. 1 + spread."""
+    factors = 1 + _draw_around_zero(spread, images, generator)
+    return (images * factors.view(-1, 1, 1, 1)).clamp(0, 255)
 
 
 def cutout(images, size, generator=None):
