@@ -195,7 +195,8 @@ def with_validation(data, *, fraction=0.1, seed=0):
     train, validation = validation_split(data.train_labels, fraction=fraction, seed=seed)
     if not len(validation):
         raise InputError(
-            f"too few training images to set {fraction:.0%} of each class aside; give more"
+            f"{data.name} has too few training images to set {fraction:.0%} of each class aside; "
+            "give more"
         )
     return replace(
         data,

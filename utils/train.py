@@ -100,8 +100,8 @@ PRECISIONS = {
 
 def _seed(text):
     seed = int(text)
-    if seed < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
     return seed
 
 
@@ -121,6 +121,8 @@ def _settings(args):
     scale = (args.devices, args.num_nodes, args.strategy)
     if settings.loop == "plain" and scale != (1, 1, "auto"):
         raise InputError("--devices, --num-nodes and --strategy need --loop lightning")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"{args.out} is a file; name another --out")
     there = [loop for loop, name in CHECKPOINTS.items() if (args.out / name).exists()]
     if there and not args.resume:
         raise InputError(
@@ -208,9 +210,7 @@ def train(settings, images, *, seed=0, device, dtype=None, checkpoint=None, resu
     return model, test_loader, history
 
 
-def train_lightning(
-    settings, images, *, seed=0, device, dtype=None, out, resume=False, **scale
-):
+def train_lightning(settings, images, *, seed=0, device, dtype=None, out, resume=False, **scale):
     """`train` under PyTorch Lightning, which keeps checkpoints and logs in the folder `out`.
 
     `scale`: `devices`, `num_nodes` and `strategy` of its Trainer. Returns the same, but None in
