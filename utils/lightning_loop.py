@@ -267,7 +267,7 @@ def make_trainer(
                 CSVLogger(out, name="csv", flush_logs_every_n_steps=1),
                 TensorBoardLogger(out, name="tensorboard", version="", default_hp_metric=False),
             ],
-            log_every_n_steps=10,
+            log_every_n_steps=5,
             callbacks=callbacks,
             plugins=[WholeFileIO()],
             enable_progress_bar=False,
