@@ -2,15 +2,20 @@
 
 import contextlib
 import io
+import warnings
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
-from torch_lr_finder import LRFinder
+from tqdm import TqdmExperimentalWarning
 
 from utils import InputError
 from utils.progress import progress_bar
+
+with warnings.catch_warnings():  # its import announces bars that are not used here
+    warnings.simplefilter("ignore", TqdmExperimentalWarning)
+    from torch_lr_finder import LRFinder
 
 
 def one_cycle(optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr):
