@@ -4,6 +4,7 @@ Model, loss, optimizer, schedule, transforms and data are the plain loop's. With
 float32 on a CPU both loops end with the same weights, bit for bit.
 """
 
+import csv
 import logging
 import time
 import warnings
@@ -293,6 +294,19 @@ def fit(trainer, module, images, *, resume=False):
     except SystemExit:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from None
     return table.history
+
+
+def read_log(out):
+    """The CSV logs of all starts of the run in the folder `out`: {name: {step: value}}."""
+    log = {}
+    paths = Path(out, "csv").glob("version_*/metrics.csv")
+    for path in sorted(paths, key=lambda path: int(path.parent.name.removeprefix("version_"))):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                for name in row:
+                    if row[name] and name != "step":
+                        log.setdefault(name, {})[int(row["step"])] = float(row[name])
+    return log
 
 
 def log_pictures(out, pictures, *, step):
