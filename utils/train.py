@@ -13,10 +13,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # figures go to files; no window, no display needed
-
 import matplotlib.pyplot as plt
 import torch
 import torchvision
@@ -29,6 +25,7 @@ from utils.schedule import one_cycle, one_cycle_rates
 
 def main(arguments=None):
     args = _parse(arguments)
+    plt.switch_backend("Agg")  # figures go to files; no window, no display needed
     # Where torchrun, SLURM or Lightning start several processes, only the first one speaks.
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
@@ -249,7 +246,7 @@ def save_figures(out, settings, images, model, test_loader, history, dtype):
     logits, labels = training.predict(model, test_loader, dtype=dtype)
     confidences, predictions = logits.softmax(1).max(1)
     matrix = training.confusion_matrix(predictions, labels, len(images.classes))
-    wrong = (predictions != labels).nonzero().squeeze(1)[:10]
+    wrong = training.misclassified(predictions, labels)
     steps_per_epoch = -(-len(images.train_images) // settings.batch_size)
     rates = one_cycle_rates(
         total_steps=settings.epochs * steps_per_epoch, **settings.rates()

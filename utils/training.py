@@ -52,7 +52,7 @@ def device_name(device):
     if device.type == "cpu":
         abilities = getattr(torch.cpu, "get_capabilities", dict)()
         name = abilities.get("cpu_name") or platform.processor() or platform.machine()
-        return f"{name} CPU, {torch.get_num_threads()} threads"
+        return f"{name} CPU, {torch.get_num_threads()} thread(s)"
     return str(device)
 
 
@@ -191,6 +191,12 @@ def confusion_matrix(predictions, labels, num_classes):
     """Counts int64 (C, C): rows are true classes, columns predicted ones."""
     cells = labels * num_classes + predictions
     return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def misclassified(predictions, labels, *, count=10):
+    """Indices int64 of at most `count` wrong predictions, spread evenly over all of them."""
+    wrong = (predictions != labels).nonzero().squeeze(1)
+    return wrong[torch.linspace(0, len(wrong) - 1, min(count, len(wrong))).long()]
 
 
 class History(list):
