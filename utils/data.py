@@ -106,8 +106,8 @@ def cifar10(root="data"):
 def _download_cifar10(root, folder):
     """Into a temporary folder first: a download that was cut off leaves nothing behind."""
     mend = "try again, or give --data a folder with train/<class>/* and test/<class>/*"
-    root.mkdir(parents=True, exist_ok=True)
     try:
+        root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as temporary:
             datasets.CIFAR10(temporary, download=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -170,7 +170,7 @@ def _read_picture(name):
     try:
         with Image.open(name) as picture:
             return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # all three come from Pillow's readers
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"the picture {name} can't be read; replace or delete it") from error
 
 

@@ -25,13 +25,15 @@ def one_cycle(optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr):
     Step it once after each optimizer step. The optimizer's momentum is left alone.
     Source: Smith, "A disciplined approach to neural network hyper-parameters" (2018).
     """
+    total_steps = max(total_steps, 3)  # fewer make OneCycleLR divide by zero
+    # 5/24 peaks at the end of epoch 5; the usual 0.2 peaks at epoch 4.8. In the shortest of runs
+    # one step up and one down are kept.
+    share = min(max(peak_epoch / epochs, 2 / total_steps), 1 - 1 / total_steps)
     return OneCycleLR(
         optimizer,
         max_lr=max_lr,
-        total_steps=max(total_steps, 2),
-        # 5/24 peaks at the end of epoch 5; the usual 0.2 peaks at epoch 4.8. In the shortest of
-        # runs one step up is kept.
-        pct_start=min(1.0, max(peak_epoch / epochs, 2 / total_steps)),
+        total_steps=total_steps,
+        pct_start=share,
         anneal_strategy="linear",
         cycle_momentum=False,
         div_factor=max_lr / min_lr,

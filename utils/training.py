@@ -28,7 +28,7 @@ def pick_device(name=None):
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError, ImportError) as error:  # by the kind of device
         raise InputError(f"no device {name!r} on this machine; try --device cpu") from error
     return torch.device(name)
 

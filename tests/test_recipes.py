@@ -1,0 +1,72 @@
+"""The named recipes and what can be done with one."""
+
+import dataclasses
+
+import pytest
+
+from utils import InputError
+from utils.recipes import RECIPES, Recipe, recipe
+
+
+def test_s10_is_the_assignment():
+    s10 = recipe("s10")
+    assert (s10.epochs, s10.peak_epoch, s10.batch_size) == (24, 5, 512)
+    assert (s10.optimizer, s10.padding, s10.flip, s10.cutout) == ("adam", 4, 0.5, 8)
+    assert s10.min_lr < s10.max_lr
+    assert dict(s10.claimed) == {"train": 98.60, "test": 93.07}
+
+
+def test_s10_20_has_the_rates_of_its_source():
+    s10_20 = recipe("s10_20")
+    assert (s10_20.epochs, s10_20.peak_epoch, s10_20.batch_size) == (20, 5, 512)
+    assert (s10_20.min_lr, s10_20.max_lr) == (0.0017, 0.017)
+    assert dict(s10_20.claimed) == {"train": 93.77, "test": 91.42}
+
+
+def test_every_recipe_goes_by_its_own_name():
+    assert all(recipe(name).name == name for name in RECIPES)
+
+
+def test_unknown_name_lists_the_names():
+    with pytest.raises(InputError) as caught:
+        recipe("s11")
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in ["'s11'", *RECIPES])
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe("s10").epochs = 1
+
+
+@pytest.mark.parametrize("epochs, peak_epoch", [(12, 2.5), (48, 10), (1, 5 / 24)])
+def test_scaled_moves_the_peak_along(epochs, peak_epoch):
+    scaled = recipe("s10").scaled(epochs=epochs)
+    assert scaled == dataclasses.replace(recipe("s10"), epochs=epochs, peak_epoch=peak_epoch)
+
+
+def test_scaled_by_default_changes_nothing():
+    assert recipe("s10_20").scaled() == recipe("s10_20")
+    assert recipe("s10").scaled(batch_size=40) == dataclasses.replace(recipe("s10"), batch_size=40)
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 0}, {"epochs": -1}, {"batch_size": 1}])
+def test_too_small(settings):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(InputError, match=f"{name} .* not {value}"):
+        recipe("s10").scaled(**settings)
+
+
+def test_identity_is_what_differs_from_the_defaults():
+    half = recipe("s10").scaled(epochs=12).identity()
+    assert half == {"name": "s10", "epochs": 12, "peak_epoch": 2.5}
+    assert Recipe(name="mine", flip=0.5).identity() == {"name": "mine"}
+
+
+def test_printed_it_shows_every_setting():
+    text = str(recipe("s10").scaled(epochs=7))
+    assert all(
+        setting in text
+        for setting in ["name s10", "epochs 7", "peak_epoch 1.4583", "batch_size 512", "cutout 8"]
+    )
+    assert "\n" not in text and "None" not in text
