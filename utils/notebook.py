@@ -2,6 +2,7 @@
 
 The environment variable COURSE_DATA is read here and nowhere else: `cifar10` (the default) or a
 folder for the real run, `sample` for a run of a minute on the built-in sample, as in the tests.
+COURSE_RUNS names the folder for checkpoints, where `runs` is not to be it.
 """
 
 import os
@@ -32,5 +33,6 @@ def begin(name):
     else:
         if device.type == "cpu":
             settings = settings.scaled(epochs=CPU_EPOCHS)
-        folder = Path("runs") / f"{name}-notebook-{settings.epochs}-epochs"
+        runs = Path(os.environ.get("COURSE_RUNS", "runs"))
+        folder = runs / f"{name}-{Path(source).name}-{settings.epochs}-epochs"
     return settings, images, device, training.amp_dtype(device), folder

@@ -203,7 +203,7 @@ def lr_finder_curve(
     Args:
         lrs: learning rate of each step, all above 0.
         losses: loss of each step; steps that are not finite are left out.
-        suggestion: the finder's own proposal.
+        suggestion: where the loss falls fastest.
         min_lr: where the schedule will start.
         max_lr: where the schedule will peak.
         ax: axes to draw into.

@@ -17,7 +17,6 @@ class Recipe:
     """
 
     name: str
-    model: str = "custom_resnet"
     fc_bias: bool = True
     epochs: int = 24
     peak_epoch: float = 5

@@ -58,7 +58,7 @@ def _parse(arguments):
     parser.add_argument("--device", help="cuda, mps, cpu, … (default: the best there is)")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto",
-        help="auto: bf16 or fp16 where the device multiplies it natively (default)",
+        help="auto: bf16 or fp16 on GPUs and CPUs where it pays (default)",
     )
     parser.add_argument("--out", type=Path, help="default: runs/<recipe>-<data>-seed<seed>")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")

@@ -34,8 +34,13 @@ def pick_device(name=None):
 
 
 def amp_dtype(device):
-    """The dtype of mixed precision that the device multiplies natively; None: float32 only."""
+    """The dtype of mixed precision that pays on the device; None: float32 only.
+
+    bfloat16 on GPUs and CPUs with instructions for it, float16 on older GPUs with tensor cores.
+    """
     if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):  # float16 without tensor cores
+            return None
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     if device.type == "cpu":
@@ -332,7 +337,7 @@ def read_checkpoint(path, identity, *, device="cpu"):
     if differing:
         raise InputError(
             f"the checkpoint {path} belongs to another run (its {' and '.join(differing)} "
-            "differs); delete it or choose another --out"
+            "differs); delete it or choose another folder (--out)"
         )
     return saved
 
