@@ -5,22 +5,28 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_results_are_those_of_the_files():
-    metrics = json.loads((ROOT / "images/s10/metrics.json").read_text(encoding="utf-8"))
-    last = metrics["last_epoch"]
+RUNS = sorted((ROOT / "images").glob("*/metrics.json"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+def test_results_are_those_of_the_files(path):
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    recipe, last = metrics["recipe"], metrics["last_epoch"]
     row = (
-        f"| `s10` | {metrics['recipe']['epochs']} | {last['train_acc']:.2f} | "
+        f"| `{recipe['name']}` | {recipe['epochs']} | {last['train_acc']:.2f} | "
         f"{last['test_acc']:.2f} | {metrics['training_seconds'] / 60:.0f} min | "
         f"{metrics['device']}, {metrics['precision']} |"
     )
     assert row in README
-    with open(ROOT / "images/s10/history.csv", newline="") as file:
+    with open(path.with_name("history.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == metrics["recipe"]["epochs"]
+    assert len(rows) == recipe["epochs"]
     assert float(rows[-1]["test_acc"]) == last["test_acc"]
 
 
