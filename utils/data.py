@@ -3,6 +3,7 @@
 All three give an `ImageData`. `make_loader` turns images and labels into batches.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -116,6 +117,9 @@ def _download_cifar10(root, folder):
         raise InputError(f"CIFAR-10 could not be downloaded ({error}); {mend}") from error
     except RuntimeError as error:
         raise InputError(f"the download of CIFAR-10 failed its checksum; {mend}") from error
+    finally:
+        with contextlib.suppress(OSError):  # there is something in it
+            root.rmdir()
 
 
 def image_folder(path):
