@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from utils import InputError
-from utils.models import CustomResNet, ResidualLayer
+from utils.models import CustomResNet, ResidualLayer, dirac_init, whiten_init
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +85,48 @@ def test_output_is_the_linear_layer_of_the_pooled_features(model, size):
     assert (logits < 0).any()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (48, 64), (64, 64), (40, 36)])
+@pytest.mark.parametrize("size", [(32, 32), (48, 64), (40, 36), (24, 24), (20, 16), (8, 31)])
 def test_other_sizes_and_numbers_of_classes(size):
     with torch.inference_mode():
         logits = CustomResNet(3)(torch.randn(2, 3, *size))
     assert logits.shape == (2, 3) and logits.isfinite().all()
 
 
-@pytest.mark.parametrize("size", [(31, 32), (32, 31), (28, 28)])
+@pytest.mark.parametrize("size", [(7, 32), (32, 7), (4, 4)])
 def test_too_small_an_image(model, size):
     with pytest.raises(InputError, match="×".join(map(str, size))):
         model(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize("size", [8, 16, 20, 24])
+@torch.inference_mode()
+def test_of_a_small_image_the_last_pool_takes_all(model, size):
+    images = torch.randn(2, 3, size, size)
+    features = model.layer3(model.layer2(model.layer1(model.prep(images))))
+    torch.testing.assert_close(model(images), model.fc(features.amax((2, 3))))
+
+
+def test_dirac_init_passes_the_input_on():
+    model = CustomResNet()
+    first, others = model.prep[0].weight.clone(), model.layer1.conv[0].weight[64:].clone()
+    dirac_init(model)
+    x = torch.randn(2, 64, 8, 8)
+    assert torch.equal(model.layer1.conv[0](x)[:, :64], x)
+    assert torch.equal(model.prep[0].weight, first)
+    assert torch.equal(model.layer1.conv[0].weight[64:], others)
+
+
+def test_whiten_init_makes_the_outputs_uncorrelated():
+    model = CustomResNet()
+    random = model.prep[0].weight[54:].clone()
+    images = nn.functional.avg_pool2d(torch.randn(64, 3, 34, 34), 3, stride=1)  # neighbours alike
+    whiten_init(model, images)
+    outputs = nn.functional.conv2d(images, model.prep[0].weight).transpose(0, 1).flatten(1)
+    covariance = outputs[:27].double().cov()
+    # All but the smallest variances, where the 0.01 that keeps noise down counts.
+    torch.testing.assert_close(
+        covariance[:3, :3], torch.eye(3, dtype=torch.double), rtol=0, atol=0.05
+    )
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
+    torch.testing.assert_close(outputs[27:54], -outputs[:27])
+    assert torch.equal(model.prep[0].weight[54:], random)

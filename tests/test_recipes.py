@@ -70,3 +70,30 @@ def test_printed_it_shows_every_setting():
         for setting in ["name s10", "epochs 7", "peak_epoch 1.4583", "batch_size 512", "cutout 8"]
     )
     assert "\n" not in text and "None" not in text
+
+
+def test_sizes_take_turns():
+    settings = Recipe(name="mine", epochs=7, sizes=(16, 24, 32))
+    assert [settings.size(epoch) for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
+    assert recipe("s10").size(0) is None
+
+
+def test_changed():
+    changed = recipe("s10").changed(
+        ["max_lr=1", "cutout=0", "flip=0.25", "dirac=True", "optimizer=sgd", "sizes=(16, 32)",
+         "gradient_clip=0.1"]
+    )
+    assert changed == dataclasses.replace(
+        recipe("s10"), max_lr=1.0, cutout=0, flip=0.25, dirac=True, optimizer="sgd",
+        sizes=(16, 32), gradient_clip=0.1,
+    )
+    assert type(changed.max_lr) is float
+
+
+@pytest.mark.parametrize("assignment, word", [
+    ("cutouts=4", "cutouts"), ("name=mine", "name"), ("cutout=4.5", "4.5"), ("cutout=", "cutout"),
+    ("flip=often", "often"), ("optimizer=3", "optimizer"), ("sizes=16", "sizes"), ("", "setting"),
+])
+def test_changed_in_vain(assignment, word):
+    with pytest.raises(InputError, match=word):
+        recipe("s10").changed([assignment])

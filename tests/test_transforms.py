@@ -243,3 +243,18 @@ def test_denormalize_is_the_inverse(images, mean, std):
     back = transform.denormalize(transform(images))
     assert back.min() >= 0 and back.max() <= 1
     assert torch.equal(pixels(back), images)
+
+
+def test_sizes_by_epoch():
+    """The whole augmented picture is shrunk, not cropped, and only where the epoch says so."""
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    transform = BatchTransform((0.5,) * 3, (0.25,) * 3, sizes=(16, 24, 32))
+    whole = BatchTransform((0.5,) * 3, (0.25,) * 3)
+    for epoch, size in enumerate((16, 24, 32)):
+        transform.seed(1, epoch)
+        whole.seed(1)
+        small, large = transform(images), whole(images)
+        assert small.shape == (4, 3, size, size)
+        torch.testing.assert_close(
+            small.mean((2, 3)), large.mean((2, 3)), rtol=0, atol=0 if size == 32 else 0.05
+        )

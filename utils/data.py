@@ -237,18 +237,23 @@ class BatchDataset(Dataset):
         return len(self.images)
 
     def __getitems__(self, indices):
-        indices = torch.as_tensor(indices, device=self.images.device)
-        return self.transform(self.images[indices]), self.labels[indices]
+        images, labels = self.gather(indices)
+        return self.transform(images), labels
 
-    def seed(self, seed):
-        self.transform.seed(seed)
+    def gather(self, indices):
+        indices = torch.as_tensor(indices, device=self.images.device)
+        # on CPUs many times as fast as square brackets
+        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+
+    def seed(self, seed, epoch=0):
+        self.transform.seed(seed, epoch)
 
 
 class RawBatchDataset(BatchDataset):
     """Gives the batches as they are: for a loop that transforms them later, on its own device."""
 
     def __getitems__(self, indices):
-        return self.images[indices], self.labels[indices]
+        return self.gather(indices)
 
 
 class PerImageDataset(Dataset):
@@ -265,7 +270,7 @@ class PerImageDataset(Dataset):
     def __getitem__(self, index):
         return self.transform(image=self.images[index])["image"], self.labels[index]
 
-    def seed(self, seed):
+    def seed(self, seed, epoch=0):
         self.transform.set_random_seed(seed % 2**32)
 
 
@@ -291,7 +296,7 @@ class EpochLoader(DataLoader):
         """`epoch` counts from 0."""
         order, draws = np.random.SeedSequence((self.seed, epoch)).generate_state(2).tolist()
         self.generator.manual_seed(order)  # the sampler's, and the source of the workers' seeds
-        self.dataset.seed(draws)
+        self.dataset.seed(draws, epoch)
 
     def __iter__(self):
         # A generator, so that nothing is drawn before the first batch is asked for: Lightning

@@ -3,7 +3,10 @@
 `recipe("s10")` gives a recipe by name; `dataclasses.replace` changes single settings of it.
 """
 
+import ast
+import contextlib
 from dataclasses import dataclass, fields, replace
+from typing import get_origin
 
 from utils import InputError
 
@@ -21,7 +24,7 @@ class Recipe:
     epochs: int = 24
     peak_epoch: float = 5
     batch_size: int = 512
-    optimizer: str = "adam"
+    optimizer: str = "adam"  # or "adamw", or "sgd" with Nesterov momentum 0.9
     min_lr: float = 1e-4
     max_lr: float = 1e-2
     weight_decay: float = 0.0
@@ -32,6 +35,9 @@ class Recipe:
     rotation: float = 0.0  # degrees, at most, either way
     brightness: float = 0.0  # factors from 1 - brightness to 1 + brightness
     cutout: int = 8  # side of the square set to the data set's mean; 0 for none
+    sizes: tuple[int, ...] = ()  # sides of the training images, in turn; () for their own size
+    dirac: bool = False  # initialise convolutions to pass their input on
+    whiten: bool = False  # initialise the first convolution to whiten the training images
     per_image: bool = False  # albumentations image by image, instead of whole batches in torch
     held_out: float = 0.0  # share of the training images kept for validation
     loop: str = "plain"  # or "lightning"
@@ -58,6 +64,13 @@ class Recipe:
         values.pop("claimed", None)
         return values
 
+    def size(self, epoch):
+        """The side of the training images in `epoch`, from 0; None for their own size.
+
+        `sizes` are shared out evenly: three of them take a third of the epochs each.
+        """
+        return self.sizes[epoch * len(self.sizes) // self.epochs] if self.sizes else None
+
     def rates(self):
         """What `one_cycle` needs to know, as keyword arguments."""
         return {
@@ -66,6 +79,28 @@ class Recipe:
             "min_lr": self.min_lr,
             "max_lr": self.max_lr,
         }
+
+    def changed(self, assignments):
+        """The same recipe with other settings, as texts: `["max_lr=0.02", "dirac=True"]`.
+
+        Raises InputError for a name or a kind of value that the recipe does not have.
+        """
+        changes = {}
+        for assignment in assignments:
+            name, _, text = assignment.partition("=")
+            kinds = {f.name: f.type for f in fields(self) if f.name not in ("name", "claimed")}
+            if name not in kinds:
+                raise InputError(f"no setting {name!r}; choose one of {', '.join(kinds)}")
+            value = text
+            with contextlib.suppress(ValueError, SyntaxError):  # a word stays a word
+                value = ast.literal_eval(text)
+            if type(value) is int and kinds[name] in (float, float | None):
+                value = float(value)
+            kind = tuple if get_origin(kinds[name]) is tuple else kinds[name]
+            if not isinstance(value, kind):
+                raise InputError(f"{name} is {getattr(self, name)!r} and can't be {text!r}")
+            changes[name] = value
+        return replace(self, **changes)
 
     def scaled(self, *, epochs=None, batch_size=None, max_lr=None):
         """The same recipe with another length, batch size or highest rate.
@@ -95,6 +130,20 @@ _RECIPES = [
         min_lr=0.0017,
         max_lr=0.017,
         claimed=(("train", 93.77), ("test", 91.42)),
+    ),
+    Recipe(
+        name="s10_cpu",
+        epochs=10,
+        peak_epoch=3,
+        batch_size=256,
+        optimizer="sgd",
+        min_lr=0.002,
+        max_lr=0.2,
+        weight_decay=5e-4,
+        label_smoothing=0.1,
+        sizes=(16, 16, 16, 16, 24, 24, 24, 32, 32, 32),
+        dirac=True,
+        whiten=True,
     ),
     # Under PyTorch Lightning, with more augmentation and regularisation. AdamW, because the decay
     # in Adam's gradient (L2) is divided by each weight's own gradient scale: it bears hardest on

@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from utils import InputError, data, plotting, training
-from utils.models import CustomResNet
+from utils.models import CustomResNet, dirac_init, whiten_init
 from utils.recipes import RECIPES, recipe
 from utils.schedule import one_cycle, one_cycle_rates
 
@@ -54,6 +54,10 @@ def _parse(arguments):
         "--batch-size", type=int, help="of all processes together (default: the recipe's)"
     )
     parser.add_argument("--max-lr", type=float, help="the rate at the peak; min_lr keeps its share")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="another value for a setting of the recipe, such as cutout=0; may be repeated",
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
     parser.add_argument("--device", help="cuda, mps, cpu, … (default: the best there is)")
     parser.add_argument(
@@ -111,7 +115,7 @@ def _count(text):
 
 def _settings(args):
     """The recipe as the command line has it, before the data is known."""
-    settings = recipe(args.recipe).scaled(
+    settings = recipe(args.recipe).changed(args.set).scaled(
         epochs=args.epochs, batch_size=args.batch_size, max_lr=args.max_lr
     )
     settings = dataclasses.replace(settings, loop=args.loop or settings.loop)
@@ -237,6 +241,11 @@ def new_model(settings, images, *, seed=0):
     """The recipe's network for an `ImageData`, initialised by `seed`, on the CPU."""
     torch.manual_seed(seed)
     model = CustomResNet(len(images.classes), fc_bias=settings.fc_bias)
+    if settings.dirac:
+        dirac_init(model)
+    if settings.whiten:
+        _, normalize = training.make_transforms(settings, images)
+        whiten_init(model, normalize(images.train_images[:5000]))
     return model.to(memory_format=torch.channels_last)
 
 

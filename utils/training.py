@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +69,11 @@ def autocast(device, dtype):
 
 def make_optimizer(model, recipe):
     """The recipe's optimizer, at the rate where its schedule starts."""
-    optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    optimizers = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    }
     return optimizers[recipe.optimizer](
         model.parameters(), lr=recipe.min_lr, weight_decay=recipe.weight_decay, fused=True
     )
@@ -85,7 +90,8 @@ def make_transforms(recipe, images):
         size = images.train_images.shape[-2:]
         augment = albumentations_pipeline(mean, std, size=size, **settings)
     else:
-        augment = BatchTransform(mean, std, **settings)
+        sizes = [recipe.size(epoch) for epoch in range(recipe.epochs)] if recipe.sizes else ()
+        augment = BatchTransform(mean, std, **settings, sizes=sizes)
     return augment, BatchTransform(mean, std, augment=False)
 
 
