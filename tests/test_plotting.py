@@ -522,3 +522,26 @@ def test_network_texts_do_not_overlap():
 def test_network_rejects_an_empty_list():
     with pytest.raises(ValueError, match="no blocks"):
         plotting.network([])
+
+
+# Where the time goes
+
+PHASES = {
+    "plain": {"input": 0.5, "forward": 5.0, "backward": 10.0, "optimizer": 0.5},
+    "ours": {"input": 0.25, "forward": 2.0, "backward": 4.0, "optimizer": 0.25},
+}
+
+
+def test_time_by_phase_stacks_the_phases():
+    ax = plotting.time_by_phase(PHASES)
+    bars = {bars.get_label(): [(b.get_x(), b.get_width()) for b in bars] for bars in ax.containers}
+    assert bars["forward"] == [(0.5, 5.0), (0.25, 2.0)]
+    assert bars["optimizer"] == [(15.5, 0.5), (6.25, 0.25)]
+    assert {"16 ms", "6.5 ms"} <= set(texts(ax))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "ours"]
+    assert ax.yaxis_inverted()
+
+
+def test_time_by_phase_of_nothing():
+    with pytest.raises(ValueError, match="at least one"):
+        plotting.time_by_phase({})

@@ -525,3 +525,82 @@ def test_loader_of_the_command_line_and_by_hand_agree():
     )
     for first, second in zip(train_loader, by_hand, strict=True):
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+# Optimizer and compilation
+
+
+def test_logit_scale_trains_as_if_the_logits_were_multiplied():
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.fc, self.scale = nn.Linear(4, 5), nn.Linear(5, 3), scale
+
+        def forward(self, x):
+            return self.scale * self.fc(self.body(x).relu())
+
+    recipe = dataclasses.replace(TINY, optimizer="sgd", min_lr=0.1, weight_decay=0.0)
+    images, labels = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    outer, inner = Scaled(0.125), Scaled(1.0)
+    with torch.no_grad():
+        inner.fc.weight *= 0.125
+        inner.fc.bias *= 0.125
+    for model, settings in (
+        (outer, recipe), (inner, dataclasses.replace(recipe, logit_scale=0.125)),
+    ):
+        optimizer = training.make_optimizer(model, settings)
+        for _ in range(3):
+            training.training_step(model, images, labels, optimizer, **FP32)
+    torch.testing.assert_close(outer(images), inner(images))
+    torch.testing.assert_close(outer.body.weight, inner.body.weight)
+
+
+def test_rates_of_their_own_follow_the_schedule():
+    recipe = dataclasses.replace(
+        TINY, optimizer="sgd", min_lr=0.01, max_lr=0.1, bn_bias_rate=16.0, logit_scale=0.5
+    )
+    model = CustomResNet(3)
+    optimizer = training.make_optimizer(model, recipe)
+    scheduler = one_cycle(optimizer, total_steps=6, epochs=3, peak_epoch=1, min_lr=0.01, max_lr=0.1)
+    rates = []
+    for _ in range(6):
+        rates.append(scheduler.get_last_lr())
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx([0.01, 0.16, 0.0025])
+    assert max(rates) == pytest.approx([0.1, 1.6, 0.025])
+    assert rates[-1] == pytest.approx([0.01, 0.16, 0.0025])
+    biases = {id(m.bias) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert {id(p) for p in optimizer.param_groups[1]["params"]} == biases
+    assert {id(p) for p in optimizer.param_groups[2]["params"]} == {
+        id(p) for p in model.fc.parameters()
+    }
+
+
+def test_compiled_trains_the_same_and_tells_its_warm_up(monkeypatch):
+    """With a backend that needs no compiler of the machine, and leaves the arithmetic alone."""
+    compile_ = nn.Module.compile
+    shapes = []
+
+    def compile_eagerly(self, **_):
+        compile_(self, backend="eager")
+        self.register_forward_pre_hook(lambda _, images: shapes.append(tuple(images[0].shape)))
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    model, history = run(compiled=True)
+    plain, plain_history = run()
+    assert_same_state(model, plain)
+    assert without_times(history) == without_times(plain_history)
+    assert history.warm_up_seconds > 0 and plain_history.warm_up_seconds == 0
+    sizes = {TINY.batch_size, 42 % TINY.batch_size} - {0}
+    assert set(shapes[: len(sizes)]) == {(size, 3, 8, 8) for size in sizes}
+
+
+def test_a_compiler_that_fails(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no C++ compiler\nlong story")
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: setattr(self, "forward", fail))
+    with pytest.raises(InputError, match=r"no C\+\+ compiler\); leave out --compile"):
+        run(compiled=True)

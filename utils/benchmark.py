@@ -1,23 +1,38 @@
 """Speeds side by side, in one run on this machine: `python -m utils.benchmark`.
 
-Images/s of the input (albumentations image by image, torch batch by batch, one thread each) and of
-training recipe `s10` in both loops. The images are noise: speed does not depend on what they show.
+The limit (the largest matrix product rate), the input image by image and in batches, training as a
+plain loop does it and as we do, and where the time of a step goes. The images are noise: speed
+does not depend on what they show.
 """
 
 import argparse
 import contextlib
 import csv
 import io
+import os
 import statistics
 import sys
 import tempfile
 import time
 
+import matplotlib.pyplot as plt
 import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 
-from utils import data, train, training
+from utils import data, plotting, train, training
+from utils.models import CustomResNet
+from utils.progress import progress_bar
 from utils.recipes import recipe
 from utils.transforms import BatchTransform, albumentations_pipeline
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+SINGLE, BATCHED = "input, one image at a time", "input, whole batches"
+PLAIN, OURS, COMPILED = "training, plain", "training, ours", "training, ours compiled"
+LIGHTNING = "training, ours in Lightning"
 
 
 def noise(images):
@@ -29,17 +44,36 @@ def noise(images):
     return data.ImageData("noise", classes, pixels, labels, pixels[:10], labels[:10])
 
 
+def matmul_rates(device, dtype, *, repeats):
+    """FLOP/s of each of `repeats` products of large square matrices, at the best of two sizes."""
+    rates = {}
+    for size in (2048, 4096) if device.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        times = []
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            a @ b
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        rates[size] = [2 * size**3 / seconds for seconds in times[1:]]
+    return max(rates.values(), key=statistics.median)
+
+
+def synchronize(device):
+    """Waits until the device has done what it was told to."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def input_speeds(images, *, repeats):
     """{name: [images/s of each pass over the training images]}, in this process, one thread."""
-    statistics_ = (torch.full((3,), 0.5), torch.full((3,), 0.25))
     loaders = {
-        "input, one image at a time (albumentations)": albumentations_pipeline(*statistics_),
-        "input, whole batches (torch)": BatchTransform(*statistics_),
+        SINGLE: albumentations_pipeline(MEAN, STD), BATCHED: BatchTransform(MEAN, STD),
     }
     speeds = {name: [] for name in loaders}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for _ in range(repeats):
+    for round_ in range(1 + repeats):
         for name, transform in loaders.items():
             loader = data.make_loader(
                 images.train_images, images.train_labels, transform, batch_size=512,
@@ -48,26 +82,228 @@ def input_speeds(images, *, repeats):
             start = time.perf_counter()
             for _ in loader:
                 pass
-            speeds[name].append(len(images.train_images) / (time.perf_counter() - start))
+            if round_:  # the first warms up
+                speeds[name].append(len(images.train_images) / (time.perf_counter() - start))
     torch.set_num_threads(threads)
     return speeds
 
 
-def loop_speeds(images, *, device, dtype, batch_size, repeats):
-    """{name: [images/s of each epoch after the first]}; the loops take turns, twice each."""
+class PlainDataset(Dataset):
+    """Image by image through torchvision's transforms, as most CIFAR-10 trainings do it."""
+
+    def __init__(self, images):
+        self.images = images.train_images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = images.train_labels
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+            # a square of 8×8
+            transforms.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1), value=0),
+        ])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def plain_parts(images, *, device, batch_size, workers):
+    """(loader, model, optimizer) of a plain training: contiguous tensors, float32, Adam."""
+    loader = DataLoader(
+        PlainDataset(images), batch_size=batch_size, shuffle=True, num_workers=workers,
+        persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+    )
+    model = CustomResNet().to(device)
+    return loader, model, torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+def our_parts(images, *, device, batch_size):
+    """(loader, model, optimizer) of recipe `s10`."""
+    settings = recipe("s10").scaled(batch_size=batch_size)
+    loader, _ = training.make_loaders(settings, images, device=device)
+    model = train.new_model(settings, images).to(device)
+    return loader, model, training.make_optimizer(model, settings)
+
+
+def plain_speeds(images, *, epochs, **settings):
+    """Images/s of each epoch after the first of a plain training loop."""
+    loader, model, optimizer = plain_parts(images, **settings)
+    device = settings["device"]
+    speeds = []
+    for _ in range(epochs):
+        start = time.perf_counter()
+        for pixels, labels in loader:
+            loss = F.cross_entropy(model(pixels.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        speeds.append(len(images.train_images) / (time.perf_counter() - start))
+    return speeds[1:]
+
+
+def training_speeds(images, *, device, dtype, batch_size, workers, compiled, repeats):
+    """({name: [images/s of each epoch after the first]}, seconds of compilation).
+
+    The loops take turns, twice each, and run the whole of an epoch, input included.
+    """
     settings = recipe("s10").scaled(epochs=1 + repeats, batch_size=batch_size)
-    plain, lightning = "training, plain loop", "training, Lightning"
-    speeds = {plain: [], lightning: []}
-    for _ in range(2):
-        # both print a table of epochs, which says nothing here
+    how = {"device": device, "dtype": dtype}
+    speeds = {name: [] for name in (PLAIN, OURS, *([COMPILED] if compiled else []), LIGHTNING)}
+    warm_up = 0.0
+    for _ in progress_bar(range(2), desc="training"):
+        speeds[PLAIN] += plain_speeds(
+            images, epochs=1 + repeats, device=device, batch_size=batch_size, workers=workers
+        )
+        # the others print a table of epochs, which says nothing here
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            *_, history = train.train(settings, images, device=device, dtype=dtype)
-            speeds[plain] += history.column("images_per_s")[1:]
-            *_, history = train.train_lightning(
-                settings, images, device=device, dtype=dtype, out=out
-            )
-            speeds[lightning] += history.column("images_per_s")[1:]
-    return speeds
+            *_, history = train.train(settings, images, **how)
+            speeds[OURS] += history.column("images_per_s")[1:]
+            if compiled:
+                *_, history = train.train(settings, images, compiled=True, **how)
+                speeds[COMPILED] += history.column("images_per_s")[1:]
+                warm_up = max(warm_up, history.warm_up_seconds)
+            *_, history = train.train_lightning(settings, images, out=out, **how)
+            speeds[LIGHTNING] += history.column("images_per_s")[1:]
+    return speeds, warm_up
+
+
+def phases(loader, model, optimizer, *, device, dtype=None, memory_format=torch.contiguous_format):
+    """Milliseconds an image of "input", "forward", "backward" and "optimizer", one pass each.
+
+    A dict of lists, one value a batch, the first batch left out. The device is waited for after
+    each phase, which a training would not do.
+    """
+    model.train()
+    times = {"input": [], "forward": [], "backward": [], "optimizer": []}
+    marks = [time.perf_counter()]
+
+    def mark():
+        synchronize(device)
+        marks.append(time.perf_counter())
+
+    for images, labels in loader:
+        images = images.to(device, memory_format=memory_format)
+        labels = labels.to(device)
+        mark()
+        with training.autocast(device, dtype):
+            loss = F.cross_entropy(model(images), labels)
+        mark()
+        optimizer.zero_grad()
+        loss.backward()
+        mark()
+        optimizer.step()
+        mark()
+        for i, name in enumerate(times):
+            times[name].append(1000 * (marks[i + 1] - marks[i]) / len(labels))
+        marks = marks[-1:]
+    return {name: values[1:] for name, values in times.items()}
+
+
+def training_flops():
+    """FLOP of forward and backward for one image, counted by torch."""
+    model = CustomResNet()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+def step_memory(model, optimizer, images, *, dtype=None):
+    """Bytes that a training step on `images` (B, 3, 32, 32) needs at its peak.
+
+    On CUDA the allocator's peak; elsewhere counted: weights, gradients, the optimizer's state and
+    what the forward pass keeps for the backward pass.
+    """
+    device = images.device
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with keeping, training.autocast(device, dtype):
+        loss = model(images).sum()
+    loss.backward()
+    optimizer.step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    for parameter in model.parameters():
+        state = optimizer.state[parameter].values()
+        for tensor in (parameter, parameter.grad, *filter(torch.is_tensor, state)):
+            keep(tensor)
+    return sum(kept.values())
+
+
+def measure(*, device, images=2048, batch_size=256, repeats=3, workers=None, compiled=False):
+    """Everything that the benchmark measures, as rows: what, unit, median, lowest, highest."""
+    dtype = training.amp_dtype(device)
+    if workers is None:
+        workers = min(os.cpu_count() or 1, 8)
+    noise_images = noise(images)
+    rows = []
+
+    def add(what, unit, values):
+        rows.append({
+            "what": what, "unit": unit, "median": statistics.median(values),
+            "lowest": min(values), "highest": max(values),
+        })
+
+    def add_ratio(what, over, under, scale=1.0):
+        rows.append({
+            "what": what, "unit": "times", "median": scale * statistics.median(over)
+            / statistics.median(under), "lowest": scale * min(over) / max(under),
+            "highest": scale * max(over) / min(under),
+        })
+
+    rates = {
+        kind: matmul_rates(device, kind, repeats=repeats)
+        for kind in dict.fromkeys([torch.float32, dtype or torch.float32])
+    }
+    inputs = input_speeds(noise_images, repeats=repeats)
+    speeds, warm_up = training_speeds(
+        noise_images, device=device, dtype=dtype, batch_size=batch_size, workers=workers,
+        compiled=compiled, repeats=repeats,
+    )
+    for kind, values in rates.items():
+        add(f"matrix product, {str(kind)[6:]}", "GFLOP/s", [v / 1e9 for v in values])
+    for name, values in (inputs | speeds).items():
+        add(name, "images/s", values)
+    if compiled:
+        add("compilation", "s", [warm_up])
+    add_ratio("whole batches over one image at a time", inputs[BATCHED], inputs[SINGLE])
+    add_ratio("our training over plain", speeds[OURS], speeds[PLAIN])
+    add_ratio("Lightning over our loop", speeds[LIGHTNING], speeds[OURS])
+    limit = rates[dtype or torch.float32]
+    add_ratio("our training over the matrix product", speeds[OURS], limit, training_flops())
+
+    plain = plain_parts(noise_images, device=device, batch_size=batch_size, workers=workers)
+    ours = our_parts(noise_images, device=device, batch_size=batch_size)
+    channels_last = {"memory_format": torch.channels_last}
+    for name, parts, how in (
+        (PLAIN, plain, {}), (OURS, ours, {"dtype": dtype, **channels_last}),
+    ):
+        for phase, values in phases(*parts, device=device, **how).items():
+            add(f"{name}: {phase}", "ms/image", values)
+    for name, parts, how in ((PLAIN, plain, {}), (OURS, ours, {"dtype": dtype})):
+        pixels = torch.zeros(batch_size, 3, 32, 32, device=device)
+        add(f"{name}: memory", "MiB", [step_memory(*parts[1:], pixels, **how) / 2**20])
+    return rows
+
+
+def phases_of(rows):
+    """{"plain": {"input": ms, …}, "ours": …} for `plotting.time_by_phase`, of `measure`'s rows."""
+    found = {}
+    for row in rows:
+        if row["unit"] == "ms/image":
+            name, phase = row["what"].removeprefix("training, ").split(": ")
+            found.setdefault(name, {})[phase] = float(row["median"])
+    return found
 
 
 def main():
@@ -76,31 +312,34 @@ def main():
     parser.add_argument("--images", type=int, default=2048, help="an epoch (default: 2048)")
     parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
+    parser.add_argument(
+        "--workers", type=int, help="of the plain loop's loader (default: a core each, at most 8)"
+    )
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--csv", metavar="FILE", help="also write the table to this file")
+    parser.add_argument("--figure", metavar="FILE", help="also draw where the time goes (PNG)")
     args = parser.parse_args()
     device = training.pick_device(args.device)
-    dtype = training.amp_dtype(device)
-    images = noise(args.images)
-    print(f"{training.device_name(device)}, {str(dtype or torch.float32)[6:]}")
-    speeds = input_speeds(images, repeats=args.repeats)
-    speeds |= loop_speeds(
-        images, device=device, dtype=dtype, batch_size=args.batch_size, repeats=args.repeats
+    print(f"{training.device_name(device)}, {str(training.amp_dtype(device) or 'float32')[6:]}")
+    rows = measure(
+        device=device, images=args.images, batch_size=args.batch_size, repeats=args.repeats,
+        workers=args.workers, compiled=args.compile,
     )
-    rows = [
-        {"what": name, "median": statistics.median(v), "lowest": min(v), "highest": max(v)}
-        for name, v in speeds.items()
-    ]
-    print(f"{'images/s':44}{'median':>9}{'lowest':>9}{'highest':>9}")
+    print(f"{'':44}{'median':>10}{'lowest':>10}{'highest':>10}")
     for row in rows:
-        numbers = "".join(f"{row[name]:9,.0f}" for name in ("median", "lowest", "highest"))
-        print(f"{row['what']:44}{numbers}")
-    print(f"batches are {rows[1]['median'] / rows[0]['median']:.1f} times as fast as single images")
-    print(f"Lightning runs at {rows[3]['median'] / rows[2]['median']:.3f} of the plain loop")
+        digits = 2 if row["unit"] in ("times", "ms/image") else 0
+        numbers = "".join(f"{row[name]:10,.{digits}f}" for name in ("median", "lowest", "highest"))
+        print(f"{row['what']:44}{numbers}  {row['unit']}")
     if args.csv:
         with training.whole_file(args.csv) as part, open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, ["device", *rows[0]])
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({"device": training.device_name(device), **row} for row in rows)
+    if args.figure:
+        plotting.use_style()
+        plotting.time_by_phase(phases_of(rows))
+        with training.whole_file(args.figure) as part:
+            plt.savefig(part, format="png")
 
 
 if __name__ == "__main__":

@@ -420,6 +420,44 @@ def per_class_accuracy(matrix: Tensor, classes: Sequence[str], *, ax: Axes | Non
     return ax
 
 
+def time_by_phase(
+    phases: Mapping[str, Mapping[str, float]], *, ax: Axes | None = None
+) -> Axes:
+    """Draw where the time of a training step goes, as one stacked bar for each way to train.
+
+    Args:
+        phases: name of the way to (phase to milliseconds an image), the same phases in each; the
+            first is on top.
+        ax: axes to draw into.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    if not phases:
+        raise ValueError("phases must name at least one way to train")
+    names = list(phases)
+    ax = _single(ax, (6.4, 1.5 + 0.5 * len(names)))
+    left = np.zeros(len(names))
+    longest = max(sum(times.values()) for times in phases.values())
+    for phase, colour in zip(phases[names[0]], (VERMILION, SKY, BLUE, ORANGE), strict=True):
+        times = np.array([phases[name][phase] for name in names])
+        bars = ax.barh(names, times, left=left, color=colour, height=0.6, label=phase)
+        texts = [f"{t:.2g}" if t > 0.06 * longest else "" for t in times]
+        dark = colour == BLUE
+        ax.bar_label(bars, texts, label_type="center", fontsize=9,
+                     color="white" if dark else "black")
+        left += times
+    for row, total in enumerate(left):
+        ax.annotate(f"{total:.3g} ms", (total, row), xytext=(4, 0), textcoords="offset points",
+                    va="center", fontsize=9)
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(0, 1.14 * longest), xlabel="milliseconds an image")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    return ax
+
+
 def misclassified_grid(
     images: Tensor,
     labels: Tensor,

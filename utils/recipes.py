@@ -36,6 +36,8 @@ class Recipe:
     brightness: float = 0.0  # factors from 1 - brightness to 1 + brightness
     cutout: int = 8  # side of the square set to the data set's mean; 0 for none
     sizes: tuple[int, ...] = ()  # sides of the training images, in turn; () for their own size
+    bn_bias_rate: float = 1.0  # factor of the rate of BatchNorm's biases
+    logit_scale: float = 1.0  # trains as if the logits were multiplied by it
     dirac: bool = False  # initialise convolutions to pass their input on
     whiten: bool = False  # initialise the first convolution to whiten the training images
     per_image: bool = False  # albumentations image by image, instead of whole batches in torch

@@ -31,7 +31,7 @@ def one_cycle(optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr):
     share = min(max(peak_epoch / epochs, 2 / total_steps), 1 - 1 / total_steps)
     return OneCycleLR(
         optimizer,
-        max_lr=max_lr,
+        max_lr=[max_lr * group.get("factor", 1) for group in optimizer.param_groups],
         total_steps=total_steps,
         pct_start=share,
         anneal_strategy="linear",

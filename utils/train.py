@@ -75,6 +75,10 @@ def _parse(arguments):
         "--loop", choices=CHECKPOINTS,
         help="our own loop, or PyTorch Lightning's (default: the recipe's)",
     )
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="torch.compile the network first; its time is reported apart (plain loop only)",
+    )
     scale = parser.add_argument_group("with --loop lightning")
     scale.add_argument(
         "--devices", type=_count, default=1, metavar="N", help="processes a machine (default: 1)"
@@ -122,6 +126,8 @@ def _settings(args):
     scale = (args.devices, args.num_nodes, args.strategy)
     if settings.loop == "plain" and scale != (1, 1, "auto"):
         raise InputError("--devices, --num-nodes and --strategy need --loop lightning")
+    if settings.loop == "lightning" and args.compile:
+        raise InputError("--compile needs --loop plain")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"{args.out} is a file; name another --out")
     there = [loop for loop, name in CHECKPOINTS.items() if (args.out / name).exists()]
@@ -156,7 +162,8 @@ def _run(args):
         scale = {"devices": args.devices, "num_nodes": args.num_nodes, "strategy": args.strategy}
         trained = train_lightning(settings, images, out=out, **how, **scale)
     else:
-        trained = train(settings, images, checkpoint=out / CHECKPOINTS["plain"], **how)
+        checkpoint = out / CHECKPOINTS["plain"]
+        trained = train(settings, images, checkpoint=checkpoint, compiled=args.compile, **how)
     if trained is None:  # not the first process
         return
     model, test_loader, history = trained
@@ -184,6 +191,8 @@ def _run(args):
     with training.whole_file(out / "metrics.json") as part:
         part.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     last = history[-1]
+    if args.compile:
+        print(f"\ncompiled in {history.warm_up_seconds:.1f} s, which no epoch's time contains")
     elapsed = timedelta(seconds=round(time.perf_counter() - start))
     print(
         f"\ntest accuracy {last['test_acc']:.2f} %, train accuracy {last['train_acc']:.2f} % at "
@@ -192,7 +201,9 @@ def _run(args):
     print("figures  " + " ".join(str(path) for path in figures))
 
 
-def train(settings, images, *, seed=0, device, dtype=None, checkpoint=None, resume=False):
+def train(
+    settings, images, *, seed=0, device, dtype=None, checkpoint=None, resume=False, compiled=False
+):
     """Builds everything that the recipe `settings` names and trains it on an `ImageData`.
 
     Returns the model, the loader of the test images, and the `History`.
@@ -206,7 +217,7 @@ def train(settings, images, *, seed=0, device, dtype=None, checkpoint=None, resu
     history = training.fit(
         model, train_loader, test_loader, optimizer, scheduler, recipe=settings, dtype=dtype,
         checkpoint=checkpoint, resume=resume,
-        identity={"seed": seed, "data": images.fingerprint},
+        identity={"seed": seed, "data": images.fingerprint}, compiled=compiled,
     )
     return model, test_loader, history
 
@@ -241,6 +252,8 @@ def new_model(settings, images, *, seed=0):
     """The recipe's network for an `ImageData`, initialised by `seed`, on the CPU."""
     torch.manual_seed(seed)
     model = CustomResNet(len(images.classes), fc_bias=settings.fc_bias)
+    with torch.no_grad():
+        model.fc.weight *= settings.logit_scale
     if settings.dirac:
         dirac_init(model)
     if settings.whiten:

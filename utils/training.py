@@ -68,14 +68,29 @@ def autocast(device, dtype):
 
 
 def make_optimizer(model, recipe):
-    """The recipe's optimizer, at the rate where its schedule starts."""
+    """The recipe's optimizer, at the rate where its schedule starts.
+
+    Parameters with a rate of their own are in groups of their own, with their "factor".
+    """
     optimizers = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
     }
+    groups = {1.0: []}
+    for name, parameter in model.named_parameters():
+        factor = 1.0
+        if name.startswith("fc."):
+            factor = recipe.logit_scale**2  # a step of w·s moves s·(w·s) by s² as much
+        elif name.endswith("bias") and parameter.ndim == 1:
+            factor = recipe.bn_bias_rate
+        groups.setdefault(factor, []).append(parameter)
     return optimizers[recipe.optimizer](
-        model.parameters(), lr=recipe.min_lr, weight_decay=recipe.weight_decay, fused=True
+        [
+            {"params": parameters, "lr": recipe.min_lr * factor, "factor": factor}
+            for factor, parameters in groups.items()
+        ],
+        lr=recipe.min_lr, weight_decay=recipe.weight_decay, fused=True,
     )
 
 
@@ -217,6 +232,8 @@ class History(list):
     Printed, it is an aligned table.
     """
 
+    warm_up_seconds = 0.0  # of torch.compile, before the first epoch
+
     HEADER = "epoch        lr  train loss  train acc  test loss  test acc  images/s      time"
     ROW = (
         "{epoch:5d}  {lr:8.6f}  {train_loss:10.4f}  {train_acc:7.2f} %  {test_loss:9.4f}  "
@@ -272,6 +289,7 @@ def fit(
     checkpoint=None,
     resume=False,
     identity=None,
+    compiled=False,
 ):
     """Trains for `recipe.epochs` epochs and evaluates after each. Returns the `History`.
 
@@ -279,7 +297,8 @@ def fit(
     With `resume` a run that was cut off goes on after its last whole epoch; on a CPU it ends
     with the same weights, bit for bit, as one that never was. Raises InputError for a checkpoint
     that is damaged or belongs to another run, where `identity`, a dict of plain values, or the
-    recipe differ. Each line of the table is printed as soon as it is known.
+    recipe differ. Each line of the table is printed as soon as it is known. `compiled` compiles
+    the model first, and the history's `warm_up_seconds` tell how long that took.
     """
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -289,6 +308,13 @@ def fit(
     if resume and checkpoint and Path(checkpoint).exists():
         history.extend(_load_checkpoint(checkpoint, parts, identity, device))
     images = len(train_loader.dataset)
+    if compiled:
+        size = next(iter(test_loader))[0].shape[-2:]
+        sizes = {(recipe.size(epoch),) * 2 if recipe.sizes else size
+                 for epoch in range(len(history), recipe.epochs)}
+        batches = {recipe.batch_size, images % recipe.batch_size} - {0}
+        shapes = [(batch, 3, *size) for batch in batches for size in sizes]
+        history.warm_up_seconds = compile_model(model, shapes, dtype=dtype)
     with progress_bar(
         total=images * recipe.epochs, initial=images * len(history), unit=" images", smoothing=0.05
     ) as bar:
@@ -322,6 +348,30 @@ def fit(
             bar.write(history.line(-1))
             sys.stdout.flush()
     return history
+
+
+def compile_model(model, shapes, *, dtype=None):
+    """Has torch.compile make code for training on batches of `shapes`. Returns the seconds.
+
+    The model is left as it was. Raises InputError where there is no compiler.
+    """
+    start = time.perf_counter()
+    device = next(model.parameters()).device
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.compile(dynamic=False)
+    model.train()
+    try:
+        for shape in shapes:
+            images = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+            with autocast(device, dtype):
+                logits = model(images)
+            logits.float().sum().backward()
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"torch.compile fails here ({reason}); leave out --compile") from error
+    model.zero_grad()
+    model.load_state_dict(state)
+    return time.perf_counter() - start
 
 
 def _save_checkpoint(path, parts, identity, history):
