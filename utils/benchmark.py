@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import os
 import statistics
 import sys
@@ -94,13 +95,15 @@ class PlainDataset(Dataset):
     def __init__(self, images):
         self.images = images.train_images.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = images.train_labels
+        size = images.train_images.shape[-2:]
+        square = 64 / size.numel()
         self.transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4),
+            transforms.RandomCrop(size, padding=4),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),
             # a square of 8×8
-            transforms.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1), value=0),
+            transforms.RandomErasing(p=1, scale=(square, square), ratio=(1, 1), value=0),
         ])
 
     def __len__(self):
@@ -116,7 +119,7 @@ def plain_parts(images, *, device, batch_size, workers):
         PlainDataset(images), batch_size=batch_size, shuffle=True, num_workers=workers,
         persistent_workers=workers > 0, pin_memory=device.type == "cuda",
     )
-    model = CustomResNet().to(device)
+    model = CustomResNet(len(images.classes)).to(device)
     return loader, model, torch.optim.Adam(model.parameters(), lr=1e-3)
 
 
@@ -171,11 +174,13 @@ def training_speeds(images, *, device, dtype, batch_size, workers, compiled, rep
     return speeds, warm_up
 
 
-def phases(loader, model, optimizer, *, device, dtype=None, memory_format=torch.contiguous_format):
-    """Milliseconds an image of "input", "forward", "backward" and "optimizer", one pass each.
+def phases(
+    loader, model, optimizer, *, device, dtype=None, memory_format=torch.contiguous_format, steps=5
+):
+    """Milliseconds an image of "input", "forward", "backward" and "optimizer".
 
-    A dict of lists, one value a batch, the first batch left out. The device is waited for after
-    each phase, which a training would not do.
+    A dict of lists, a value for each of `steps` steps after the first. The device is waited for
+    after each phase, which a training would not do.
     """
     model.train()
     times = {"input": [], "forward": [], "backward": [], "optimizer": []}
@@ -185,7 +190,7 @@ def phases(loader, model, optimizer, *, device, dtype=None, memory_format=torch.
         synchronize(device)
         marks.append(time.perf_counter())
 
-    for images, labels in loader:
+    for images, labels in itertools.islice(loader, 1 + steps):
         images = images.to(device, memory_format=memory_format)
         labels = labels.to(device)
         mark()
@@ -201,6 +206,24 @@ def phases(loader, model, optimizer, *, device, dtype=None, memory_format=torch.
             times[name].append(1000 * (marks[i + 1] - marks[i]) / len(labels))
         marks = marks[-1:]
     return {name: values[1:] for name, values in times.items()}
+
+
+def step_phases(images, *, device, dtype=None, batch_size=256, workers=0):
+    """{"plain": …, "ours": …} of `phases` of both trainings on the images of an `ImageData`."""
+    plain = plain_parts(images, device=device, batch_size=batch_size, workers=workers)
+    ours = our_parts(images, device=device, batch_size=batch_size)
+    return {
+        "plain": phases(*plain, device=device),
+        "ours": phases(*ours, device=device, dtype=dtype, memory_format=torch.channels_last),
+    }
+
+
+def median_phases(images, **settings):
+    """`step_phases`, each list brought to its median, for `plotting.time_by_phase`."""
+    return {
+        name: {phase: statistics.median(values) for phase, values in times.items()}
+        for name, times in step_phases(images, **settings).items()
+    }
 
 
 def training_flops():
@@ -282,14 +305,13 @@ def measure(*, device, images=2048, batch_size=256, repeats=3, workers=None, com
     limit = rates[dtype or torch.float32]
     add_ratio("our training over the matrix product", speeds[OURS], limit, training_flops())
 
-    plain = plain_parts(noise_images, device=device, batch_size=batch_size, workers=workers)
-    ours = our_parts(noise_images, device=device, batch_size=batch_size)
-    channels_last = {"memory_format": torch.channels_last}
-    for name, parts, how in (
-        (PLAIN, plain, {}), (OURS, ours, {"dtype": dtype, **channels_last}),
-    ):
-        for phase, values in phases(*parts, device=device, **how).items():
+    settings = {"device": device, "batch_size": batch_size}
+    by_phase = step_phases(noise_images, dtype=dtype, workers=workers, **settings)
+    for name, times in zip((PLAIN, OURS), by_phase.values(), strict=True):
+        for phase, values in times.items():
             add(f"{name}: {phase}", "ms/image", values)
+    plain = plain_parts(noise_images, workers=0, **settings)
+    ours = our_parts(noise_images, **settings)
     for name, parts, how in ((PLAIN, plain, {}), (OURS, ours, {"dtype": dtype})):
         pixels = torch.zeros(batch_size, 3, 32, 32, device=device)
         add(f"{name}: memory", "MiB", [step_memory(*parts[1:], pixels, **how) / 2**20])
