@@ -421,6 +421,31 @@ def test_curves_reject_an_empty_history(draw):
 # Results by class
 
 
+def test_accuracy_band_is_mean_and_range_of_the_runs():
+    higher = [{**row, "train_acc": row["train_acc"] + 2, "test_acc": row["test_acc"] + 1}
+              for row in HISTORY]
+    ax = plotting.accuracy_band([HISTORY, higher])
+    assert list(line(ax, "train").get_ydata()) == [46.0, 66.0, 83.25]
+    assert list(line(ax, "test").get_ydata()) == [55.5, 63.0, 75.625]
+    assert texts(ax) == ["test 75.62 (75.12–76.12)", "train 83.25 (82.25–84.25)"]
+    train, test = (band.get_paths()[0].vertices for band in ax.collections)
+    assert {(1.0, 45.0), (1.0, 47.0), (3.0, 82.25), (3.0, 84.25)} <= set(map(tuple, train))
+    assert {(1.0, 55.0), (1.0, 56.0), (3.0, 75.125), (3.0, 76.125)} <= set(map(tuple, test))
+    assert "2 runs" in ax.get_ylabel()
+
+
+def test_accuracy_band_draws_into_the_given_axes():
+    _, axes = plt.subplots(1, 2)
+    assert plotting.accuracy_band([HISTORY], ax=axes[1]) is axes[1]
+    assert not axes[0].lines
+
+
+@pytest.mark.parametrize("histories", [[], [[]], [HISTORY, HISTORY[:2]]])
+def test_accuracy_band_of_runs_that_do_not_fit(histories):
+    with pytest.raises(ValueError):
+        plotting.accuracy_band(histories)
+
+
 def test_confusion_matrix_writes_every_count_in_its_cell():
     ax = plotting.confusion_matrix(MATRIX, CLASSES)
     cells = {(text.get_position()[::-1]): text.get_text() for text in ax.texts}

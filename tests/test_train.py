@@ -3,6 +3,7 @@
 import csv
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from utils import data, train, training
 from utils.models import CustomResNet
 from utils.recipes import RECIPES, recipe
+from utils.transforms import channel_statistics
 
 ROOT = Path(__file__).parents[1]
 ON_CPU = ["--device", "cpu", "--precision", "fp32"]
@@ -81,7 +83,12 @@ def test_metrics(out, folder):
     assert metrics["recipe"]["name"] == "s10" and metrics["recipe"]["epochs"] == 1
     assert metrics["recipe"]["batch_size"] == recipe("s10").batch_size
     assert metrics["seed"] == 0
-    assert metrics["data"] == {"name": images.name, "fingerprint": images.fingerprint}
+    mean, std = channel_statistics(images.train_images)
+    assert metrics["data"] == {
+        "name": images.name, "fingerprint": images.fingerprint,
+        "mean": mean.tolist(), "std": std.tolist(),
+    }
+    assert metrics["commit"] == train.current_commit()
     assert metrics["versions"]["torch"] == torch.__version__
     assert metrics["versions"]["python"] == platform.python_version()
     assert metrics["device"] == training.device_name(torch.device("cpu"))
@@ -151,6 +158,30 @@ def test_resuming_a_finished_run_changes_no_weights(out, folder, monkeypatch):
         ["s10", "--data", str(folder), "--epochs", "1", "--out", str(out), "--resume", *ON_CPU]
     )
     assert before == ((out / "weights.safetensors").read_bytes(), read_history(out))
+
+
+def git(folder, *arguments):
+    settings = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    command = ["git", "-C", str(folder), *settings, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert train.current_commit() == ""
+    git(tmp_path, "init")
+    (tmp_path / "train.py").write_text("one")
+    git(tmp_path, "add", "train.py")
+    git(tmp_path, "commit", "-m", "one")
+    git(tmp_path, "tag", "a-name")
+    commit = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert train.current_commit() == commit != ""
+    (tmp_path / "train.py").write_text("two")
+    assert train.current_commit() == f"{commit}+"
+    monkeypatch.setenv("PATH", "")
+    assert train.current_commit() == ""
 
 
 # What is refused

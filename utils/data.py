@@ -6,6 +6,7 @@ All three give an `ImageData`. `make_loader` turns images and labels into batche
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -63,16 +64,17 @@ class ImageData:
         )
 
 
-def load(source="cifar10", *, root="data"):
+def load(source="cifar10", *, root="data", train=True):
     """`ImageData` from "cifar10" (downloaded to `root` at first), "sample", or a folder's path.
 
+    Without `train` a folder's training pictures are not read, which takes long: there are none.
     Raises InputError, in one line that names the mend, where that fails.
     """
     if source == "cifar10":
         return cifar10(root)
     if source == "sample":
         return builtin_sample()
-    return image_folder(source)
+    return image_folder(source, train=train)
 
 
 def builtin_sample():
@@ -122,10 +124,11 @@ def _download_cifar10(root, folder):
             root.rmdir()
 
 
-def image_folder(path):
+def image_folder(path, *, train=True):
     """Pictures in `path`/train/<class>/* and `path`/test/<class>/*, all of one size.
 
-    Any classes, the same in both. Raises InputError where something is missing or broken.
+    Any classes, the same in both. Without `train` there are no training images. Raises
+    InputError where something is missing or broken.
     """
     path = Path(path)
     if not path.is_dir():
@@ -139,9 +142,9 @@ def image_folder(path):
             raise InputError(
                 f"{path / split} must hold a folder of pictures for each class: {reason}"
             ) from error
-    train, test = (listings[split].classes for split in ("train", "test"))
-    if train != test:
-        odd = sorted(set(train) ^ set(test))
+    classes, others = (listings[split].classes for split in ("train", "test"))
+    if classes != others:
+        odd = sorted(set(classes) ^ set(others))
         raise InputError(
             f"{path}: classes in only one of train/ and test/: {', '.join(odd)}; "
             "give both the same class folders"
@@ -149,9 +152,11 @@ def image_folder(path):
     size = _read_picture(listings["train"].samples[0][0]).shape
     splits = []
     for split, listing in listings.items():
-        splits.append(_read_pictures([name for name, _ in listing.samples], size, split))
-        splits.append(torch.tensor(listing.targets))
-    return ImageData(f"the folder {path.name}", tuple(train), *splits)
+        count = len(listing) if train or split == "test" else 0
+        names = [name for name, _ in listing.samples[:count]]
+        splits.append(_read_pictures(names, size, split))
+        splits.append(torch.tensor(listing.targets[:count], dtype=torch.int64))
+    return ImageData(f"the folder {path.name}", tuple(classes), *splits)
 
 
 def _read_pictures(names, size, split):
@@ -176,6 +181,28 @@ def _read_picture(name):
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"the picture {name} can't be read; replace or delete it") from error
+
+
+def fingerprints(images):
+    """Of each image of uint8 (N, 3, H, W) sixteen hexadecimal digits of its bytes' SHA-256."""
+    images = images.cpu().contiguous().numpy()
+    return [hashlib.sha256(image).hexdigest()[:16] for image in images]
+
+
+def read_fingerprints(path):
+    """The set of fingerprints in a text file: one a line; what follows a "#" is a comment.
+
+    Raises InputError where the file can't be read or a line is something else.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"can't read {path}; give a text file of fingerprints") from error
+    found = {line.partition("#")[0].strip() for line in lines} - {""}
+    for line in found:
+        if not re.fullmatch("[0-9a-f]{16}", line):
+            raise InputError(f"{path}: {line!r} is no fingerprint of 16 hexadecimal digits")
+    return found
 
 
 def validation_split(labels, *, fraction=0.1, seed=0):

@@ -1,10 +1,16 @@
 """The custom ResNet of the assignment, and ways to initialise it."""
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 
 from utils import InputError
+
+SHIPPED_WEIGHTS = Path(__file__).parents[1] / "images" / "s10" / "weights.safetensors"
 
 
 def _conv(channels_in, channels_out, *, pool=False):
@@ -47,12 +53,66 @@ class CustomResNet(nn.Module):
         self.pool = nn.MaxPool2d(4, ceil_mode=True)  # so that 24×24 leaves one place, not none
         self.fc = nn.Linear(512, num_classes, bias=fc_bias)
 
+    @classmethod
+    def from_pretrained(cls, path=None):
+        """The network of a weights file, as `load_weights` gives it.
+
+        Raises InputError where that fails or the file holds another network.
+        """
+        model = load_weights(path)
+        if not isinstance(model, cls):
+            kind = type(model).__name__
+            raise InputError(f"the weights are of a {kind}; use {kind}.from_pretrained")
+        return model
+
     def forward(self, x):
         if min(x.shape[-2:]) < 8:
             size = "×".join(map(str, x.shape[-2:]))
             raise InputError(f"images of {size} pixels are too small; enlarge them to 32×32")
         x = self.layer3(self.layer2(self.layer1(self.prep(x))))
         return self.fc(self.pool(x).mean(dim=(2, 3)))
+
+
+MODELS = {"custom_resnet": CustomResNet}
+
+
+def load_weights(path=None):
+    """The network of a weights file that a run wrote: float32, channels_last, in eval mode.
+
+    `path` None stands for the weights that come with the repository. The network's attributes
+    `classes` (names), `mean` and `std` (of each channel, on the scale 0..1) are those of its
+    training images; `metadata` is all that the file says, strings by name. No code of the file
+    is run. Raises InputError where there is no such file, or it is damaged or of another kind.
+    """
+    if path is None and not SHIPPED_WEIGHTS.exists():
+        raise InputError(
+            "no trained weights come with this copy; name a file that python -m utils.train wrote"
+        )
+    path = Path(path or SHIPPED_WEIGHTS)
+    if not path.is_file():
+        raise InputError(f"no weights file {path}; name one that python -m utils.train wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is damaged or no safetensors file; copy it again, or train anew"
+        ) from error
+    try:
+        classes, fc_bias = json.loads(metadata["classes"]), json.loads(metadata["fc_bias"])
+        mean, std = (tuple(map(float, json.loads(metadata[name]))) for name in ("mean", "std"))
+        model = MODELS[metadata.get("model", "custom_resnet")](len(classes), fc_bias=fc_bias)
+        model.load_state_dict(tensors)
+        if not len(mean) == len(std) == 3:
+            raise ValueError("mean and std are of three channels")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{path} does not hold a network of ours with its classes, mean and std; "
+            "name a file that python -m utils.train wrote"
+        ) from error
+    model.classes, model.mean, model.std, model.metadata = tuple(classes), mean, std, metadata
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 @torch.no_grad()

@@ -334,6 +334,39 @@ def accuracy_curves(
     return ax
 
 
+def accuracy_band(
+    histories: Sequence[Sequence[Mapping[str, float]]], *, ax: Axes | None = None
+) -> Axes:
+    """Plot the mean accuracy of several runs by epoch, in a band from their lowest to highest.
+
+    Args:
+        histories: a history per run, as for ``accuracy_curves``, all of the same epochs.
+        ax: axes to draw into.
+
+    Raises:
+        ValueError: if there are no runs, or their epochs differ or are none.
+    """
+    if len({tuple(row["epoch"] for row in history) for history in histories}) != 1:
+        raise ValueError("the runs must have the same epochs")
+    names = [f"{name}_acc" for name in LINES]
+    # runs × epochs × (train, test)
+    values = np.array([[[row[name] for name in names] for row in run] for run in histories])
+    mean = [
+        {"epoch": row["epoch"], **dict(zip(names, means, strict=True))}
+        for row, means in zip(histories[0], values.mean(axis=0), strict=True)
+    ]
+    ax, labels = _epoch_curves(mean, "acc", "{:.2f}", ax)
+    epochs = [row["epoch"] for row in mean]
+    for index, style in enumerate(LINES.values()):
+        low, high = values[..., index].min(axis=0), values[..., index].max(axis=0)
+        ax.fill_between(epochs, low, high, color=style["color"], alpha=0.25, linewidth=0)
+        place, x, y, text, colour = labels[index]
+        labels[index] = place, x, y, f"{text} ({low[-1]:.2f}–{high[-1]:.2f})", colour
+    ax.set_ylabel(f"accuracy, %: mean and range of {len(histories)} runs")
+    _label_at_right(ax, labels)
+    return ax
+
+
 def confusion_matrix(matrix: Tensor, classes: Sequence[str], *, ax: Axes | None = None) -> Axes:
     """Draw a confusion matrix: the counts as numbers, the errors' share of their row as colour.
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import subprocess
 import sys
 import textwrap
 import time
@@ -21,24 +22,26 @@ from utils import InputError, data, plotting, training
 from utils.models import CustomResNet, dirac_init, whiten_init
 from utils.recipes import RECIPES, recipe
 from utils.schedule import one_cycle, one_cycle_rates
+from utils.transforms import channel_statistics
 
 
 def main(arguments=None):
-    args = _parse(arguments)
+    args = parse(arguments)
     plt.switch_backend("Agg")  # figures go to files; no window, no display needed
     # Where torchrun, SLURM or Lightning start several processes, only the first one speaks.
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
     try:
         with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
-            _run(args)
+            run(args)
     except InputError as error:
         sys.exit(f"error: {error}" if first else 1)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command with --resume goes on from the last whole epoch")
 
 
-def _parse(arguments):
+def parse(arguments=None):
+    """The command line's arguments, `sys.argv` unless a list of strings is given."""
     parser = argparse.ArgumentParser(
         prog="python -m utils.train",
         description="Trains a recipe and writes weights, history, metrics and figures to a folder.",
@@ -117,8 +120,11 @@ def _count(text):
     return count
 
 
-def _settings(args):
-    """The recipe as the command line has it, before the data is known."""
+def settings_of(args):
+    """The recipe as the command line has it, before the data is known.
+
+    Raises InputError where it asks for what can't be, or its folder holds another run.
+    """
     settings = recipe(args.recipe).changed(args.set).scaled(
         epochs=args.epochs, batch_size=args.batch_size, max_lr=args.max_lr
     )
@@ -140,18 +146,27 @@ def _settings(args):
     return settings
 
 
-def _run(args):
-    start = time.perf_counter()
-    settings, out = _settings(args), args.out
+def fitted(settings, args, images):
+    """The settings for an `ImageData`: the sample has a schedule of its own."""
+    return settings.scaled(
+        epochs=args.epochs or images.epochs, batch_size=args.batch_size or images.batch_size
+    )
+
+
+def run(args, images=None):
+    """Trains what `parse` gave and writes everything to its folder.
+
+    `images`: an `ImageData` in the place of the one that the arguments name.
+    """
+    start, commit = time.perf_counter(), current_commit()
+    settings, out = settings_of(args), args.out
     device = training.pick_device(args.device)
     dtype = PRECISIONS[args.precision](device)
-    images = data.load(args.data)
+    images = images or data.load(args.data)
     if args.validate:
         images = data.hold_out(images)
     images = data.with_validation(images, fraction=settings.held_out)
-    settings = settings.scaled(  # the sample has a schedule of its own
-        epochs=args.epochs or images.epochs, batch_size=args.batch_size or images.batch_size
-    )
+    settings = fitted(settings, args, images)
     print(f"data     {images}")
     print(textwrap.fill(f"recipe   {settings}", 92, subsequent_indent=" " * 9))
     print(f"device   {training.device_name(device)}, {str(dtype or torch.float32)[6:]}")
@@ -167,7 +182,8 @@ def _run(args):
     if trained is None:  # not the first process
         return
     model, test_loader, history = trained
-    training.save_weights(model, out / "weights.safetensors")
+    about = weights_metadata(settings, images, seed=args.seed)
+    training.save_weights(model, out / "weights.safetensors", metadata=about)
     history.save(out / "history.csv")
     figures = save_figures(out, settings, images, model, test_loader, history, dtype)
     if settings.loop == "lightning":
@@ -177,7 +193,13 @@ def _run(args):
     metrics = {
         "recipe": dataclasses.asdict(settings),
         "seed": args.seed,
-        "data": {"name": images.name, "fingerprint": images.fingerprint},
+        "data": {
+            "name": images.name,
+            "fingerprint": images.fingerprint,
+            "mean": json.loads(about["mean"]),
+            "std": json.loads(about["std"]),
+        },
+        "commit": commit,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -199,6 +221,36 @@ def _run(args):
         f"epoch {last['epoch']} on {images.name}, in {elapsed}"
     )
     print("figures  " + " ".join(str(path) for path in figures))
+
+
+def weights_metadata(settings, images, *, seed=0):
+    """What a weights file says of its run, for `training.save_weights`: strings by name.
+
+    Enough to build the network again and to use it: its name, its classes, and the mean and the
+    deviation of its training images.
+    """
+    mean, std = channel_statistics(images.train_images)
+    return {
+        "recipe": settings.name,
+        "seed": str(seed),
+        "model": getattr(settings, "model", "custom_resnet"),
+        "fc_bias": json.dumps(settings.fc_bias),
+        "classes": json.dumps(images.classes),
+        "mean": json.dumps(mean.tolist()),
+        "std": json.dumps(std.tolist()),
+        "data": images.fingerprint,
+    }
+
+
+def current_commit():
+    """The repository's commit, with "+" where its files differ from it; "" without git."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def train(

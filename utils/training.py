@@ -1,6 +1,7 @@
 """Training: one step, one epoch, evaluation, and `fit`, which can be cut off and resumed."""
 
 import csv
+import json
 import math
 import os
 import platform
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn import functional as F
 
 from utils import InputError
@@ -251,10 +252,15 @@ class History(list):
 
     def save(self, path):
         """As CSV, with all digits."""
-        with whole_file(path) as part, open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, self[0].keys())
-            writer.writeheader()
-            writer.writerows(self)
+        write_csv(self, path)
+
+
+def write_csv(rows, path):
+    """Dicts with the same keys as CSV, whole or not at all."""
+    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @contextmanager
@@ -270,11 +276,29 @@ def whole_file(path):
         part.unlink(missing_ok=True)
 
 
-def save_weights(model, path):
-    """The model's parameters and statistics as safetensors."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+def save_weights(model, path, *, metadata=None, dtype=None):
+    """The model's parameters and statistics as safetensors, which `models.load_weights` reads.
+
+    `metadata`: strings by name, kept in the file's header. `dtype`: what floating tensors are
+    stored in, such as torch.float16 for half the size; None leaves them as they are. The same
+    weights and metadata give the same bytes. Raises InputError where a value is too large for
+    `dtype`.
+    """
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if dtype and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+            if not tensor.isfinite().all():
+                raise InputError(f"{name} is too large for {dtype}; leave the weights in float32")
+        tensors[name] = tensor.contiguous()
+    content = save(tensors)
+    # safetensors writes metadata in an order that changes from file to file: hence the header, a
+    # length of 8 bytes and JSON padded to a multiple of 8, is written here.
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": metadata or {}, **json.loads(content[8:end])})
+    header = header.encode() + b" " * (-len(header) % 8)
     with whole_file(path) as part:
-        save_file(tensors, part)
+        part.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
 
 
 def fit(
