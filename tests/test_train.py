@@ -234,8 +234,8 @@ def test_broken_picture(tmp_path):
 
 
 def test_too_small_pictures(tmp_path):
-    write_folder(tmp_path / "colours", train=1, test=1, side=28)
-    refused(["s10", "--data", tmp_path / "colours", "--out", tmp_path / "new"], "28×28")
+    write_folder(tmp_path / "colours", train=1, test=1, side=7)
+    refused(["s10", "--data", tmp_path / "colours", "--out", tmp_path / "new"], "7×7")
     assert not (tmp_path / "new").exists()
 
 
