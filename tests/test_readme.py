@@ -1,33 +1,39 @@
 """The README's figures come from files, and its commands are the ones that are tested."""
 
-import csv
-import json
 import re
 from pathlib import Path
 
 import pytest
 
+from utils import record
+from utils.recipes import RECIPES
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNS = sorted((ROOT / "images").glob("*/runs.csv"))
 
 
-RUNS = sorted((ROOT / "images").glob("*/metrics.json"))
+def test_results_are_those_of_the_files():
+    begin, end = record.TABLE
+    _, found, rest = README.partition(begin)
+    table, closed, _ = rest.partition(end)
+    assert found and closed
+    assert table == f"\n{record.results_table()}\n"
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
-def test_results_are_those_of_the_files(path):
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    recipe, last = metrics["recipe"], metrics["last_epoch"]
-    row = (
-        f"| `{recipe['name']}` | {recipe['epochs']} | {last['train_acc']:.2f} | "
-        f"{last['test_acc']:.2f} | {metrics['training_seconds'] / 60:.0f} min | "
-        f"{metrics['device']}, {metrics['precision']} |"
-    )
-    assert row in README
-    with open(path.with_name("history.csv"), newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == recipe["epochs"]
-    assert float(rows[-1]["test_acc"]) == last["test_acc"]
+def test_histories_end_as_the_runs(path):
+    assert path.parent.name in RECIPES
+    histories = set(path.parent.glob("history_seed*.csv"))
+    for run in record.read_csv(path):
+        assert run["recipe"] == path.parent.name
+        history = path.with_name(f"history_seed{run['seed']}.csv")
+        histories.remove(history)
+        rows = record.read_csv(history)
+        assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(int(run["epochs"]))]
+        for name in ("train_acc", "train_loss", "test_acc", "test_loss"):
+            assert rows[-1][name] == run[name]
+    assert not histories
 
 
 def test_continuous_integration_runs_the_test_command():

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -242,6 +243,7 @@ def weights_metadata(settings, images, *, seed=0):
     }
 
 
+@functools.cache  # what is committed later is not what runs here
 def current_commit():
     """The repository's commit, with "+" where its files differ from it; "" without git."""
     command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
