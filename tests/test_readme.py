@@ -13,12 +13,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNS = sorted((ROOT / "images").glob("*/runs.csv"))
 
 
-def test_results_are_those_of_the_files():
-    begin, end = record.TABLE
-    _, found, rest = README.partition(begin)
-    table, closed, _ = rest.partition(end)
-    assert found and closed
-    assert table == f"\n{record.results_table()}\n"
+def test_tables_are_those_of_the_files():
+    assert record.with_tables(README) == README
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)

@@ -126,7 +126,7 @@ def test_figures_and_weights_are_the_median_runs(copy, accuracies, median):
     assert (copy / "new/loss.png").read_text() == outs[median].name
     kept = load_weights(copy / "new/weights.safetensors")
     run = load_weights(outs[median] / "weights.safetensors")
-    assert kept.metadata == run.metadata and kept.metadata["seed"] == str(median)
+    assert kept.metadata == run.metadata and kept.metadata["seed"] == median
     assert torch.equal(kept.fc.weight, run.fc.weight.half().float())
     assert load_file(copy / "new/weights.safetensors")["fc.weight"].dtype == torch.float16
 
@@ -262,20 +262,70 @@ def test_table(tmp_path):
     assert first.count("|") == second.count("|") == 10
 
 
-def test_table_replaces_the_old_one_alone(tmp_path):
-    write_runs(tmp_path, RUN)
+def test_tables_replace_the_old_ones_alone(tmp_path, monkeypatch):
+    tables = {"first": lambda: "| a |\n", "second": lambda: "| b |\n"}
+    monkeypatch.setattr(record, "TABLES", tables)
     readme = tmp_path / "README.md"
-    begin, end = record.TABLE
-    readme.write_text(f"# Ä\n{begin}old\n{end}rest\n", encoding="utf-8")
-    record.write_table(readme, tmp_path)
-    table = record.results_table(tmp_path)
-    expected = f"# Ä\n{begin}\n{table}\n{end}rest\n"
-    assert readme.read_text(encoding="utf-8") == expected
-    record.write_table(readme, tmp_path)
-    assert readme.read_text(encoding="utf-8") == expected
+    marks = [
+        (f"<!-- {name}: python -m utils.record --table -->\n", f"<!-- end of {name} -->\n")
+        for name in tables
+    ]
+    old = "# Ä\n{}old\n{}between\n{}{}rest\n".format(*marks[0], *marks[1])
+    readme.write_text(old, encoding="utf-8")
+    new = "# Ä\n{}\n| a |\n\n{}between\n{}\n| b |\n\n{}rest\n"
+    expected = new.format(*marks[0], *marks[1])
+    for _ in range(2):
+        record.write_tables(readme)
+        assert readme.read_text(encoding="utf-8") == expected
 
 
-def test_no_place_for_the_table(tmp_path):
+def test_no_place_for_a_table(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
-    with pytest.raises(InputError, match=r"README.md lacks the lines <!-- results"):
-        record.write_table(tmp_path / "README.md", tmp_path)
+    with pytest.raises(InputError, match=r"README lacks the lines <!-- results"):
+        record.write_tables(tmp_path / "README.md")
+
+
+def test_speeds_table(tmp_path):
+    rows = [
+        {"device": "D", "what": "a", "unit": "images/s", "median": 1234.6, "lowest": 1.0,
+         "highest": 2000},
+        {"device": "D", "what": "b", "unit": "times", "median": 20.126, "lowest": 2, "highest": 3},
+    ]
+    record.training.write_csv(rows, tmp_path / "speeds.csv")
+    assert record.speeds_table(tmp_path / "speeds.csv").splitlines() == [
+        "| on D | median | lowest | highest | |",
+        "|---|---:|---:|---:|---|",
+        "| a | 1,235 | 1 | 2,000 | images/s |",
+        "| b | 20.13 | 2.00 | 3.00 | times |",
+    ]
+
+
+# What was tried
+
+
+def test_tuning_keeps_trials_on_held_out_images(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    without_figures(monkeypatch)
+    for out, change in (("same", []), ("other", ["--set", "cutout=4", "--set", "sizes=(8, 16)"])):
+        train.main(["s10", "--data", "colours", "--device", "cpu", "--validate", *SHORT, *change,
+                    "--out", str(tmp_path / out)])
+    record.main(["s10", "--tuning", str(tmp_path / "same"), str(tmp_path / "other"),
+                 "--to", str(tmp_path / "s10")])
+    first, second = record.read_csv(tmp_path / "s10" / "tuning.csv")
+    assert "cutout" not in first["changed"]
+    assert second["changed"].split("; ") == ["batch_size=8", "cutout=4", "sizes=[8, 16]"]
+    assert second["data"] == "the folder colours" and second["epochs"] == "1"
+    (history,) = read_history(tmp_path / "other")
+    assert float(second["validation_acc"]) == history["test_acc"]
+    row = record.tuning_table("s10", tmp_path).splitlines()[3]
+    assert row == (
+        "| `batch_size=8`, `cutout=4`, `sizes=[8, 16]` | the folder colours | 1 | "
+        f"{history['train_acc']:.2f} | {history['test_acc']:.2f} | 0 min |"
+    )
+
+
+def test_tuning_refuses_a_run_that_saw_the_test_images(root, tmp_path):
+    run = root / "runs" / "s10-colours-seed0"
+    with pytest.raises(InputError, match="--validate"):
+        record.write_tuning("s10", [run], tmp_path / "tuning.csv")
+    assert not (tmp_path / "tuning.csv").exists()

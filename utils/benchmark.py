@@ -7,7 +7,6 @@ does not depend on what they show.
 
 import argparse
 import contextlib
-import csv
 import io
 import itertools
 import os
@@ -263,7 +262,7 @@ def step_memory(model, optimizer, images, *, dtype=None):
     return sum(kept.values())
 
 
-def measure(*, device, images=2048, batch_size=256, repeats=3, workers=None, compiled=False):
+def measure(*, device, images=1024, batch_size=256, repeats=2, workers=None, compiled=False):
     """Everything that the benchmark measures, as rows: what, unit, median, lowest, highest."""
     dtype = training.amp_dtype(device)
     if workers is None:
@@ -331,9 +330,9 @@ def phases_of(rows):
 def main():
     parser = argparse.ArgumentParser(prog="python -m utils.benchmark", description=__doc__)
     parser.add_argument("--device", help="default: the best there is")
-    parser.add_argument("--images", type=int, default=2048, help="an epoch (default: 2048)")
+    parser.add_argument("--images", type=int, default=1024, help="an epoch (default: 1024)")
     parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
-    parser.add_argument("--repeats", type=int, default=3, help="default: 3")
+    parser.add_argument("--repeats", type=int, default=2, help="epochs of each loop in a turn (default: 2)")
     parser.add_argument(
         "--workers", type=int, help="of the plain loop's loader (default: a core each, at most 8)"
     )
@@ -342,7 +341,8 @@ def main():
     parser.add_argument("--figure", metavar="FILE", help="also draw where the time goes (PNG)")
     args = parser.parse_args()
     device = training.pick_device(args.device)
-    print(f"{training.device_name(device)}, {str(training.amp_dtype(device) or 'float32')[6:]}")
+    name = f"{training.device_name(device)}, {str(training.amp_dtype(device) or torch.float32)[6:]}"
+    print(name, flush=True)
     rows = measure(
         device=device, images=args.images, batch_size=args.batch_size, repeats=args.repeats,
         workers=args.workers, compiled=args.compile,
@@ -353,10 +353,7 @@ def main():
         numbers = "".join(f"{row[name]:10,.{digits}f}" for name in ("median", "lowest", "highest"))
         print(f"{row['what']:44}{numbers}  {row['unit']}")
     if args.csv:
-        with training.whole_file(args.csv) as part, open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["device", *rows[0]])
-            writer.writeheader()
-            writer.writerows({"device": training.device_name(device), **row} for row in rows)
+        training.write_csv([{"device": name, **row} for row in rows], args.csv)
     if args.figure:
         plotting.use_style()
         plotting.time_by_phase(phases_of(rows))

@@ -81,8 +81,8 @@ def load_weights(path=None):
 
     `path` None stands for the weights that come with the repository. The network's attributes
     `classes` (names), `mean` and `std` (of each channel, on the scale 0..1) are those of its
-    training images; `metadata` is all that the file says, strings by name. No code of the file
-    is run. Raises InputError where there is no such file, or it is damaged or of another kind.
+    training images; `metadata` is all that the file says, a dict. No code of the file is run.
+    Raises InputError where there is no such file, or it is damaged or of another kind.
     """
     if path is None and not SHIPPED_WEIGHTS.exists():
         raise InputError(
@@ -93,16 +93,16 @@ def load_weights(path=None):
         raise InputError(f"no weights file {path}; name one that python -m utils.train wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path} is damaged or no safetensors file; copy it again, or train anew"
         ) from error
     try:
-        classes, fc_bias = json.loads(metadata["classes"]), json.loads(metadata["fc_bias"])
-        mean, std = (tuple(map(float, json.loads(metadata[name]))) for name in ("mean", "std"))
-        model = MODELS[metadata.get("model", "custom_resnet")](len(classes), fc_bias=fc_bias)
+        metadata = json.loads(about["run"])
+        classes, mean, std = (tuple(metadata[name]) for name in ("classes", "mean", "std"))
+        model = MODELS[metadata["model"]](len(classes), fc_bias=metadata["fc_bias"])
         model.load_state_dict(tensors)
         if not len(mean) == len(std) == 3:
             raise ValueError("mean and std are of three channels")
@@ -111,7 +111,7 @@ def load_weights(path=None):
             f"{path} does not hold a network of ours with its classes, mean and std; "
             "name a file that python -m utils.train wrote"
         ) from error
-    model.classes, model.mean, model.std, model.metadata = tuple(classes), mean, std, metadata
+    model.classes, model.mean, model.std, model.metadata = classes, mean, std, metadata
     return model.to(memory_format=torch.channels_last).eval()
 
 

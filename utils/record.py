@@ -21,14 +21,18 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "images"
 INEXACT = IMAGES / "inexact_test_images.txt"
 README = ROOT / "README.md"
-TABLE = "<!-- results: python -m utils.record --table -->\n", "<!-- end of results -->\n"
+SPEEDS = IMAGES / "benchmark" / "speeds.csv"
 
 
 def main(arguments=None):
     args, others = _parse(arguments)
     plt.switch_backend("Agg")
     try:
-        if args.recipe:
+        if args.recipe and args.tuning:
+            folder = args.to or IMAGES / args.recipe
+            write_tuning(args.recipe, args.tuning, folder / "tuning.csv")
+            print(f"recorded {len(args.tuning)} trial(s) in {folder / 'tuning.csv'}")
+        elif args.recipe:
             recipe(args.recipe)
             if args.seeds:
                 _settings(args, others, seed=0)  # refused before anything is read
@@ -41,7 +45,7 @@ def main(arguments=None):
             )
             print(f"recorded {len(outs)} run(s) in {folder}")
         if args.table:
-            write_table()
+            write_tables()
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -52,7 +56,7 @@ def _parse(arguments):
     parser = argparse.ArgumentParser(
         prog="python -m utils.record", allow_abbrev=False,
         description="Trains a recipe with several seeds and keeps its results in images/<recipe>/, "
-        "or rewrites the README's table of results. Runs that were cut off are resumed, finished "
+        "or rewrites the README's tables. Runs that were cut off are resumed, finished "
         "ones left as they are. Other arguments, such as --epochs, go to utils.train.",
     )
     parser.add_argument("recipe", nargs="?", help=f"one of {', '.join(RECIPES)}")
@@ -62,16 +66,20 @@ def _parse(arguments):
         "--from", dest="runs", nargs="+", type=Path, metavar="DIR",
         help="train nothing, keep the finished runs in these folders",
     )
+    runs.add_argument(
+        "--tuning", nargs="+", type=Path, metavar="DIR",
+        help="keep these runs, made with --validate, as what was tried to choose the settings",
+    )
     parser.add_argument("--data", default="cifar10", metavar="cifar10|sample|DIR")
     parser.add_argument("--device", help="cuda, mps, cpu, … (default: the best there is)")
     parser.add_argument(
         "--weights", action="store_true", help="keep the median run's weights too, in float16"
     )
     parser.add_argument("--to", type=Path, metavar="DIR", help="default: images/<recipe>")
-    parser.add_argument("--table", action="store_true", help="rewrite the README's table")
+    parser.add_argument("--table", action="store_true", help="rewrite the README's tables")
     args, others = parser.parse_known_args(arguments)
-    if args.recipe and not (args.runs or (args.seeds or 0) > 0):
-        parser.error("a recipe needs --seeds N, at least 1, or --from DIR")
+    if args.recipe and not (args.runs or args.tuning or (args.seeds or 0) > 0):
+        parser.error("a recipe needs --seeds N, at least 1, --from DIR or --tuning DIR")
     if not args.recipe and not args.table:
         parser.error("name a recipe, or --table")
     if others and not args.seeds:
@@ -273,15 +281,85 @@ def _spread(runs, column):
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
-def write_table(readme=README, folder=IMAGES):
-    """Puts the table between the two marks in `readme`. Raises InputError where they are not."""
-    begin, end = TABLE
-    before, found, rest = readme.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise InputError(f"{readme} lacks the lines {begin.strip()} and {end.strip()}; add them")
+def write_tuning(name, outs, path):
+    """Keeps what was tried to choose the settings of the recipe `name`, a row for each run.
+
+    `outs`: folders of runs by `utils.train --validate`. Raises InputError for a run that was
+    tested on the test images: they choose nothing.
+    """
+    rows = []
+    for out in outs:
+        metrics = read_metrics(out)
+        settings, last = metrics["recipe"], metrics["last_epoch"]
+        if not metrics["data"]["name"].endswith(data.HELD_OUT):
+            raise InputError(f"{out} was tested on the test images; train it with --validate")
+        plain = recipe(name).scaled(epochs=settings["epochs"])
+        rows.append({
+            "changed": "; ".join(_differences(settings, plain)),
+            "data": metrics["data"]["name"].removesuffix(data.HELD_OUT),
+            "seed": metrics["seed"],
+            "epochs": settings["epochs"],
+            "train_acc": last["train_acc"],
+            "validation_acc": last["test_acc"],
+            "seconds": metrics["training_seconds"],
+            "device": metrics["device"],
+            "precision": metrics["precision"],
+        })
+    training.write_csv(rows, path)
+
+
+def tuning_table(name, folder=IMAGES):
+    """The Markdown table of what was tried for the recipe `name`."""
+    lines = ["| changed | images | epochs | train | validation | time |", "|---" * 6 + "|"]
+    for row in read_csv(Path(folder, name, "tuning.csv")):
+        accuracies = f"{float(row['train_acc']):.2f} | {float(row['validation_acc']):.2f}"
+        changed = ", ".join(f"`{change}`" for change in row["changed"].split("; ") if change)
+        lines.append(
+            f"| {changed or '–'} | {row['data']} | {row['epochs']} | {accuracies} | "
+            f"{float(row['seconds']) / 60:.0f} min |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def speeds_table(path=SPEEDS):
+    """The Markdown table of what `utils.benchmark --csv` measured."""
+    rows = read_csv(path)
+    head = f"| on {rows[0]['device']} | median | lowest | highest | |"
+    lines = [head, "|---|---:|---:|---:|---|"]
+    for row in rows:
+        digits = 2 if row["unit"] in ("times", "ms/image") else 0
+        numbers = (f"{float(row[name]):,.{digits}f}" for name in ("median", "lowest", "highest"))
+        lines.append(f"| {row['what']} | {' | '.join(numbers)} | {row['unit']} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "results": results_table,
+    "speeds": speeds_table,
+    "tuning of s10_cpu": lambda: tuning_table("s10_cpu"),
+}
+
+
+def with_tables(text):
+    """The README's `text` with each table as the files have it, between its two marks.
+
+    Raises InputError where the marks are missing.
+    """
+    for name, table in TABLES.items():
+        begin = f"<!-- {name}: python -m utils.record --table -->\n"
+        end = f"<!-- end of {name} -->\n"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise InputError(f"the README lacks the lines {begin.strip()} and {end.strip()}")
+        text = f"{before}{begin}\n{table()}\n{end}{after}"
+    return text
+
+
+def write_tables(readme=README):
+    """Brings the tables in `readme` up to date."""
+    text = with_tables(readme.read_text(encoding="utf-8"))
     with training.whole_file(readme) as part:
-        text = before + begin + "\n" + results_table(folder) + "\n" + end + after
         part.write_text(text, encoding="utf-8", newline="\n")
 
 

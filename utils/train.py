@@ -197,8 +197,8 @@ def run(args, images=None):
         "data": {
             "name": images.name,
             "fingerprint": images.fingerprint,
-            "mean": json.loads(about["mean"]),
-            "std": json.loads(about["std"]),
+            "mean": about["mean"],
+            "std": about["std"],
         },
         "commit": commit,
         "versions": {
@@ -225,7 +225,7 @@ def run(args, images=None):
 
 
 def weights_metadata(settings, images, *, seed=0):
-    """What a weights file says of its run, for `training.save_weights`: strings by name.
+    """What a weights file says of its run, for `training.save_weights`: a dict of plain values.
 
     Enough to build the network again and to use it: its name, its classes, and the mean and the
     deviation of its training images.
@@ -233,12 +233,12 @@ def weights_metadata(settings, images, *, seed=0):
     mean, std = channel_statistics(images.train_images)
     return {
         "recipe": settings.name,
-        "seed": str(seed),
+        "seed": seed,
         "model": getattr(settings, "model", "custom_resnet"),
-        "fc_bias": json.dumps(settings.fc_bias),
-        "classes": json.dumps(images.classes),
-        "mean": json.dumps(mean.tolist()),
-        "std": json.dumps(std.tolist()),
+        "fc_bias": settings.fc_bias,
+        "classes": list(images.classes),
+        "mean": mean.tolist(),
+        "std": std.tolist(),
         "data": images.fingerprint,
     }
 

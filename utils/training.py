@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from utils import InputError
@@ -279,8 +279,8 @@ def whole_file(path):
 def save_weights(model, path, *, metadata=None, dtype=None):
     """The model's parameters and statistics as safetensors, which `models.load_weights` reads.
 
-    `metadata`: strings by name, kept in the file's header. `dtype`: what floating tensors are
-    stored in, such as torch.float16 for half the size; None leaves them as they are. The same
+    `metadata`: a dict of plain values, kept in the file's header. `dtype`: what floating tensors
+    are stored in, such as torch.float16 for half the size; None leaves them as they are. The same
     weights and metadata give the same bytes. Raises InputError where a value is too large for
     `dtype`.
     """
@@ -291,14 +291,10 @@ def save_weights(model, path, *, metadata=None, dtype=None):
             if not tensor.isfinite().all():
                 raise InputError(f"{name} is too large for {dtype}; leave the weights in float32")
         tensors[name] = tensor.contiguous()
-    content = save(tensors)
-    # safetensors writes metadata in an order that changes from file to file: hence the header, a
-    # length of 8 bytes and JSON padded to a multiple of 8, is written here.
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps({"__metadata__": metadata or {}, **json.loads(content[8:end])})
-    header = header.encode() + b" " * (-len(header) % 8)
+    # One entry, because safetensors writes several in an order that changes from file to file.
+    about = {"run": json.dumps(metadata or {}, sort_keys=True)}
     with whole_file(path) as part:
-        part.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+        save_file(tensors, part, about)
 
 
 def fit(
