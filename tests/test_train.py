@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from utils import data, train, training
-from utils.models import CustomResNet
+from utils.models import CustomResNet, ResNet9
 from utils.recipes import RECIPES, recipe
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +153,12 @@ def test_resuming_a_finished_run_changes_no_weights(out, folder, monkeypatch):
     assert before == ((out / "weights.safetensors").read_bytes(), read_history(out))
 
 
+def test_model_and_bias_are_the_recipes(folder):
+    settings = recipe("s10").changed(["model=resnet9", "fc_bias=False"])
+    model = train.new_model(settings, data.load(str(folder)))
+    assert type(model) is ResNet9 and model.fc.bias is None and model.fc.out_features == 3
+
+
 # What is refused
 
 
@@ -175,6 +181,7 @@ def refused(arguments, *words):
         (["s10", "--device", "cuda:99"], ["cuda:99"]),
         (["s10", "--device", "nonsense"], ["nonsense"]),
         (["s10", "--data", "nowhere"], ["nowhere"]),
+        (["s10", "--epochs", "1", "--set", "model=resnet"], ["'resnet'", "resnet9"]),
     ],
     ids=" ".join,
 )

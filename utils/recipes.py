@@ -20,6 +20,7 @@ class Recipe:
     """
 
     name: str
+    model: str = "custom_resnet"  # or "resnet9"
     fc_bias: bool = True
     epochs: int = 24
     peak_epoch: float = 5

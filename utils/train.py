@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from utils import InputError, data, plotting, training
-from utils.models import CustomResNet, dirac_init, whiten_init
+from utils.models import dirac_init, make_model, whiten_init
 from utils.recipes import RECIPES, recipe
 from utils.schedule import one_cycle, one_cycle_rates
 
@@ -240,7 +240,7 @@ def train_lightning(settings, images, *, seed=0, device, dtype=None, out, resume
 def new_model(settings, images, *, seed=0):
     """The recipe's network for an `ImageData`, initialised by `seed`, on the CPU."""
     torch.manual_seed(seed)
-    model = CustomResNet(len(images.classes), fc_bias=settings.fc_bias)
+    model = make_model(settings.model, len(images.classes), fc_bias=settings.fc_bias)
     if settings.dirac:
         dirac_init(model)
     if settings.whiten:
