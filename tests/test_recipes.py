@@ -57,6 +57,17 @@ def test_too_small(settings):
         recipe("s10").scaled(**settings)
 
 
+@pytest.mark.parametrize("assignment, message", [
+    ("optimizer=lamb", "optimizer must be one of adam, adamw, sgd, not 'lamb'"),
+    ("padding_mode=edge", "padding_mode must be one of constant, reflect, not 'edge'"),
+    ("per_image=True", "sizes need whole batches; choose sizes=() or per_image=False"),
+])
+def test_settings_that_do_not_exist_or_do_not_go_together(assignment, message):
+    with pytest.raises(InputError) as caught:
+        recipe("s10").changed(["sizes=(16, 32)", assignment])
+    assert str(caught.value) == message
+
+
 def test_identity_is_what_differs_from_the_defaults():
     half = recipe("s10").scaled(epochs=12).identity()
     assert half == {"name": "s10", "epochs": 12, "peak_epoch": 2.5}

@@ -10,6 +10,11 @@ from typing import get_origin
 
 from utils import InputError
 
+CHOICES = {
+    "optimizer": ("adam", "adamw", "sgd"),
+    "padding_mode": ("constant", "reflect"),
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -31,7 +36,8 @@ class Recipe:
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     gradient_clip: float | None = None  # largest absolute value of a gradient element
-    padding: int = 4  # pixels a side, black, before the random crop back to the image's size
+    padding: int = 4  # pixels a side, before the random crop back to the image's size
+    padding_mode: str = "constant"  # black, or "reflect"
     flip: float = 0.5  # probability
     rotation: float = 0.0  # degrees, at most, either way
     brightness: float = 0.0  # factors from 1 - brightness to 1 + brightness
@@ -47,6 +53,13 @@ class Recipe:
     def __post_init__(self):
         if self.epochs < 1:
             raise InputError(f"epochs must be at least 1, not {self.epochs}")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise InputError(
+                    f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}"
+                )
+        if self.per_image and self.sizes:
+            raise InputError("sizes need whole batches; choose sizes=() or per_image=False")
         if self.batch_size < 2:
             raise InputError(f"batch_size must be at least 2, not {self.batch_size}")
         if not self.max_lr > 0:

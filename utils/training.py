@@ -84,7 +84,7 @@ def make_transforms(recipe, images):
     mean, std = channel_statistics(images.train_images)
     settings = {
         name: getattr(recipe, name)
-        for name in ("padding", "flip", "rotation", "brightness", "cutout")
+        for name in ("padding", "padding_mode", "flip", "rotation", "brightness", "cutout")
     }
     if recipe.per_image:
         size = images.train_images.shape[-2:]
