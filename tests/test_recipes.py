@@ -50,6 +50,13 @@ def test_scaled_by_default_changes_nothing():
     assert recipe("s10").scaled(batch_size=40) == dataclasses.replace(recipe("s10"), batch_size=40)
 
 
+def test_scaled_takes_the_other_rates_along():
+    settings = Recipe(name="mine", min_lr=0.25, max_lr=1.0, final_lr=0.125)
+    scaled = settings.scaled(max_lr=0.5)
+    assert (scaled.min_lr, scaled.max_lr, scaled.final_lr) == (0.125, 0.5, 0.0625)
+    assert recipe("s10").scaled(max_lr=0.5).final_lr is None
+
+
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"epochs": -1}, {"batch_size": 1}])
 def test_too_small(settings):
     name, value = next(iter(settings.items()))
@@ -60,6 +67,10 @@ def test_too_small(settings):
 @pytest.mark.parametrize("assignment, message", [
     ("optimizer=lamb", "optimizer must be one of adam, adamw, sgd, not 'lamb'"),
     ("padding_mode=edge", "padding_mode must be one of constant, reflect, not 'edge'"),
+    ("anneal=cosine", "anneal must be one of linear, cos, not 'cosine'"),
+    ("min_lr=0", "min_lr must be positive, not 0.0"),
+    ("max_lr=-0.1", "max_lr must be positive, not -0.1"),
+    ("final_lr=0", "final_lr must be positive, not 0.0"),
     ("per_image=True", "sizes need whole batches; choose sizes=() or per_image=False"),
 ])
 def test_settings_that_do_not_exist_or_do_not_go_together(assignment, message):
@@ -81,6 +92,7 @@ def test_printed_it_shows_every_setting():
         for setting in ["name s10", "epochs 7", "peak_epoch 1.4583", "batch_size 512", "cutout 8"]
     )
     assert "\n" not in text and "None" not in text
+    assert "final_lr 4e-08" in str(Recipe(name="mine", final_lr=4e-8))
 
 
 def test_sizes_take_turns():

@@ -27,6 +27,20 @@ def test_straight_to_the_peak_and_back(epochs, peak_epoch, steps):
     assert rates == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("anneal, share", [
+    ("linear", lambda x: x), ("cos", lambda x: (1 - np.cos(np.pi * x)) / 2),
+])
+def test_either_form_and_an_end_of_its_own(anneal, share):
+    low, high, end = 4e-4, 1e-2, 4e-8
+    rates = one_cycle_rates(
+        total_steps=200, epochs=10, peak_epoch=3, min_lr=low, max_lr=high, final_lr=end,
+        anneal=anneal,
+    )
+    up, down = share(np.linspace(0, 1, 60)), share(np.linspace(0, 1, 141)[1:])
+    expected = [*(low + (high - low) * up), *(high + (end - high) * down)]
+    assert rates == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("name, epochs", [("s10", 24), ("s10", 12), ("s10", 48), ("s10_20", 20)])
 def test_scaled_recipes_keep_the_peak_at_the_same_fraction(name, epochs):
     original = recipe(name)

@@ -79,8 +79,8 @@ class ResNet9(_Classifier):
     blocks pool after BatchNorm and ReLU, not before, and its convolutions have biases, although
     the BatchNorm that follows takes them out again. Other sizes than 32×32 are treated as by
     `CustomResNet`. Raises InputError below 8×8.
-    Source: "Classifying CIFAR10 images using a ResNet and regularization techniques in PyTorch",
-    a tutorial on a folder of images (Jovian, 2020), after Page, "How to train your ResNet" (2018).
+    Source: a tutorial for CIFAR-10 as a folder of images; its convolutions and their numbers of
+    channels are those of Page, "How to train your ResNet" (2018).
     """
 
     def __init__(self, num_classes=10, *, fc_bias=True):

@@ -12,6 +12,7 @@ from utils import InputError
 
 CHOICES = {
     "optimizer": ("adam", "adamw", "sgd"),
+    "anneal": ("linear", "cos"),
     "padding_mode": ("constant", "reflect"),
 }
 
@@ -20,8 +21,8 @@ CHOICES = {
 class Recipe:
     """The settings of one training run. Rates are per optimizer step, accuracies in percent.
 
-    The learning rate rises linearly from `min_lr` to `max_lr`, reached at the end of epoch
-    `peak_epoch`, and falls linearly back to `min_lr` at the last step.
+    The learning rate rises from `min_lr` to `max_lr`, reached at the end of epoch `peak_epoch`,
+    and falls to `final_lr` at the last step.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Recipe:
     optimizer: str = "adam"  # or "adamw", or "sgd" with Nesterov momentum 0.9
     min_lr: float = 1e-4
     max_lr: float = 1e-2
+    final_lr: float | None = None  # None: `min_lr` again
+    anneal: str = "linear"  # or "cos": half a cosine wave up, another down
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     gradient_clip: float | None = None  # largest absolute value of a gradient element
@@ -62,12 +65,13 @@ class Recipe:
             raise InputError("sizes need whole batches; choose sizes=() or per_image=False")
         if self.batch_size < 2:
             raise InputError(f"batch_size must be at least 2, not {self.batch_size}")
-        if not self.max_lr > 0:
-            raise InputError(f"max_lr must be positive, not {self.max_lr}")
+        for name in ("min_lr", "max_lr", "final_lr"):
+            if (rate := getattr(self, name)) is not None and not rate > 0:
+                raise InputError(f"{name} must be positive, not {rate}")
 
     def __str__(self):
         return ", ".join(
-            f"{f.name} {round(v, 4) if isinstance(v, float) else v}"
+            f"{f.name} {float(f'{v:.5g}') if isinstance(v, float) else v}"
             for f in fields(self)
             if (v := getattr(self, f.name)) is not None and f.name != "claimed"
         )
@@ -92,6 +96,8 @@ class Recipe:
             "peak_epoch": self.peak_epoch,
             "min_lr": self.min_lr,
             "max_lr": self.max_lr,
+            "final_lr": self.final_lr,
+            "anneal": self.anneal,
         }
 
     def changed(self, assignments):
@@ -119,17 +125,20 @@ class Recipe:
     def scaled(self, *, epochs=None, batch_size=None, max_lr=None):
         """The same recipe with another length, batch size or highest rate.
 
-        The peak stays at the same fraction of the run, and `min_lr` at the same share of `max_lr`.
+        The peak stays at the same fraction of the run, and the other rates at the same share of
+        `max_lr`.
         """
         epochs = self.epochs if epochs is None else epochs
         max_lr = self.max_lr if max_lr is None else max_lr
+        factor = max_lr / self.max_lr
         return replace(
             self,
             epochs=epochs,
             peak_epoch=self.peak_epoch * epochs / self.epochs,
             batch_size=self.batch_size if batch_size is None else batch_size,
-            min_lr=self.min_lr * (max_lr / self.max_lr),
+            min_lr=self.min_lr * factor,
             max_lr=max_lr,
+            final_lr=self.final_lr and self.final_lr * factor,
         )
 
 

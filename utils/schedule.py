@@ -18,10 +18,13 @@ with warnings.catch_warnings():  # its import announces bars that are not used h
     from torch_lr_finder import LRFinder
 
 
-def one_cycle(optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr):
+def one_cycle(
+    optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr, final_lr=None, anneal="linear"
+):
     """The rate rises from `min_lr` to `max_lr` at the end of `peak_epoch`, then falls back.
 
-    Linear both ways and "no annihilation": the last of `total_steps` steps has `min_lr` again.
+    The last of `total_steps` steps has `final_lr`; where that is None, `min_lr` again: "no
+    annihilation". `anneal`: "linear" both ways, or "cos" for half a cosine wave each.
     Step it once after each optimizer step. The optimizer's momentum is left alone.
     Source: Smith, "A disciplined approach to neural network hyper-parameters" (2018).
     """
@@ -34,10 +37,10 @@ def one_cycle(optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr):
         max_lr=max_lr,
         total_steps=total_steps,
         pct_start=share,
-        anneal_strategy="linear",
+        anneal_strategy=anneal,
         cycle_momentum=False,
         div_factor=max_lr / min_lr,
-        final_div_factor=1,
+        final_div_factor=min_lr / (final_lr or min_lr),
     )
 
 
