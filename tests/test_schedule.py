@@ -103,6 +103,20 @@ def test_momentum_is_left_alone():
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.99)
 
 
+def test_momentum_cycles_where_that_is_wanted():
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], betas=(0.8, 0.99))
+    scheduler = one_cycle(
+        optimizer, total_steps=9, epochs=9, peak_epoch=5, **LIMITS, cycle_momentum=True
+    )
+    betas = []
+    for _ in range(9):
+        betas.append(optimizer.param_groups[0]["betas"])
+        optimizer.step()
+        scheduler.step()
+    momenta = [0.95, 0.925, 0.9, 0.875, 0.85, 0.875, 0.9, 0.925, 0.95]
+    assert betas == [(pytest.approx(momentum), 0.99) for momentum in momenta]
+
+
 def _task(batch_norm=True):
     """A small model, an optimizer with some state, and a loader of pictures it can learn."""
     torch.manual_seed(0)

@@ -36,6 +36,7 @@ class Recipe:
     max_lr: float = 1e-2
     final_lr: float | None = None  # None: `min_lr` again
     anneal: str = "linear"  # or "cos": half a cosine wave up, another down
+    cycle_momentum: bool = False  # down from 0.95 to 0.85 at the peak, and up again
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     gradient_clip: float | None = None  # largest absolute value of a gradient element
@@ -98,6 +99,7 @@ class Recipe:
             "max_lr": self.max_lr,
             "final_lr": self.final_lr,
             "anneal": self.anneal,
+            "cycle_momentum": self.cycle_momentum,
         }
 
     def changed(self, assignments):
