@@ -23,6 +23,41 @@ def test_s10_20_has_the_rates_of_its_source():
     assert dict(s10_20.claimed) == {"train": 93.77, "test": 91.42}
 
 
+def test_resnet9_is_its_source_but_for_the_length():
+    ours, source = recipe("resnet9"), recipe("resnet9").as_published()
+    assert source.identity() == {
+        "name": "resnet9", "model": "resnet9", "epochs": 8, "peak_epoch": 2.4, "batch_size": 400,
+        "min_lr": 0.0004, "final_lr": pytest.approx(4e-8), "anneal": "cos",
+        "cycle_momentum": True, "weight_decay": 1e-4, "gradient_clip": 0.1,
+        "padding_mode": "reflect", "cutout": 0,
+    }
+    assert (source.optimizer, source.max_lr) == ("adam", 0.01)
+    assert ours == dataclasses.replace(source, epochs=24, peak_epoch=7.2)
+    assert dict(ours.claimed) == {"test": 90}
+
+
+def test_s10_albumentations_departs_in_rates_and_decay():
+    ours = recipe("s10_albumentations")
+    assert ours.identity() == {
+        "name": "s10_albumentations", "fc_bias": False, "per_image": True
+    }
+    assert ours.as_published() == dataclasses.replace(
+        ours, min_lr=0.003, max_lr=0.03, weight_decay=1e-3
+    )
+    assert dict(ours.claimed) == {"test": 69.80}
+
+
+def test_published_recipes_scale_and_change_like_others():
+    source = recipe("s10_albumentations").as_published().changed(["cutout=0"]).scaled(max_lr=0.3)
+    assert (source.min_lr, source.max_lr, source.cutout) == (pytest.approx(0.03), 0.3, 0)
+    assert recipe("resnet9").as_published().scaled(epochs=4).peak_epoch == 1.2
+
+
+@pytest.mark.parametrize("name", ["s10", "s10_20", "s12"])
+def test_a_recipe_without_departures_is_as_published(name):
+    assert recipe(name).as_published() == recipe(name)
+
+
 def test_every_recipe_goes_by_its_own_name():
     assert all(recipe(name).name == name for name in RECIPES)
 
@@ -82,7 +117,9 @@ def test_settings_that_do_not_exist_or_do_not_go_together(assignment, message):
 def test_identity_is_what_differs_from_the_defaults():
     half = recipe("s10").scaled(epochs=12).identity()
     assert half == {"name": "s10", "epochs": 12, "peak_epoch": 2.5}
-    assert Recipe(name="mine", flip=0.5).identity() == {"name": "mine"}
+    about = {"claimed": (("test", 90.0),), "original": (("flip", 0.1),)}
+    assert Recipe(name="mine", flip=0.5, **about).identity() == {"name": "mine"}
+    assert str(Recipe(name="mine", **about)) == str(Recipe(name="mine"))
 
 
 def test_printed_it_shows_every_setting():
@@ -114,7 +151,8 @@ def test_changed():
 
 
 @pytest.mark.parametrize("assignment, word", [
-    ("cutouts=4", "cutouts"), ("name=mine", "name"), ("cutout=4.5", "4.5"), ("cutout=", "cutout"),
+    ("cutouts=4", "cutouts"), ("name=mine", "name"), ("original=()", "no setting"),
+    ("claimed=()", "no setting"), ("cutout=4.5", "4.5"), ("cutout=", "cutout"),
     ("flip=often", "often"), ("optimizer=3", "optimizer"), ("sizes=16", "sizes"), ("", "setting"),
 ])
 def test_changed_in_vain(assignment, word):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from utils import InputError
@@ -115,6 +116,23 @@ def test_momentum_cycles_where_that_is_wanted():
         scheduler.step()
     momenta = [0.95, 0.925, 0.9, 0.875, 0.85, 0.875, 0.9, 0.925, 0.95]
     assert betas == [(pytest.approx(momentum), 0.99) for momentum in momenta]
+
+
+def test_resnet9_as_published_has_torchs_defaults():
+    groups = []
+    for make in (
+        lambda adam: one_cycle(adam, total_steps=1000, **recipe("resnet9").as_published().rates()),
+        lambda adam: OneCycleLR(adam, 0.01, epochs=8, steps_per_epoch=125),
+    ):
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+        scheduler = make(optimizer)
+        steps = []
+        for _ in range(1000):
+            steps.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
+            optimizer.step()
+            scheduler.step()
+        groups.append(np.array(steps))
+    np.testing.assert_allclose(*groups, rtol=1e-9)
 
 
 def _task(batch_norm=True):

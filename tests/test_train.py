@@ -159,6 +159,23 @@ def test_model_and_bias_are_the_recipes(folder):
     assert type(model) is ResNet9 and model.fc.bias is None and model.fc.out_features == 3
 
 
+def test_as_published_comes_before_other_changes(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(settings, *_, **__):
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", stop)
+    with pytest.raises(SystemExit):
+        train.main(
+            ["resnet9", "--as-published", "--set", "peak_epoch=2", "--epochs", "4",
+             "--data", str(folder), "--out", str(tmp_path / "new"), *ON_CPU]
+        )
+    expected = recipe("resnet9").as_published().changed(["peak_epoch=2"]).scaled(epochs=4)
+    assert seen == [expected] and expected.peak_epoch == 1
+
+
 # What is refused
 
 

@@ -58,6 +58,10 @@ def _parse(arguments):
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="another value for a setting of the recipe, such as cutout=0; may be repeated",
     )
+    parser.add_argument(
+        "--as-published", action="store_true",
+        help="the source's settings also where the recipe departs from them",
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
     parser.add_argument("--device", help="cuda, mps, cpu, … (default: the best there is)")
     parser.add_argument(
@@ -115,7 +119,9 @@ def _count(text):
 
 def _settings(args):
     """The recipe as the command line has it, before the data is known."""
-    settings = recipe(args.recipe).changed(args.set).scaled(
+    settings = recipe(args.recipe)
+    settings = settings.as_published() if args.as_published else settings
+    settings = settings.changed(args.set).scaled(
         epochs=args.epochs, batch_size=args.batch_size, max_lr=args.max_lr
     )
     settings = dataclasses.replace(settings, loop=args.loop or settings.loop)

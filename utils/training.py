@@ -75,7 +75,10 @@ def make_optimizer(model, recipe):
         "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
     }
     return optimizers[recipe.optimizer](
-        model.parameters(), lr=recipe.min_lr, weight_decay=recipe.weight_decay, fused=True
+        model.parameters(),
+        lr=recipe.min_lr,
+        weight_decay=recipe.weight_decay,
+        fused=not recipe.gradient_clip,  # Lightning's mixed precision refuses to clip for these
     )
 
 
