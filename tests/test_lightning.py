@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -74,9 +75,10 @@ def as_after_two_epochs(module, images):
     return training.predict(module.model, loaders[1])
 
 
-def test_both_loops_train_the_same(images, tmp_path):
+@pytest.mark.parametrize("name", ["s10", "resnet9"])
+def test_both_loops_train_the_same(name, images, tmp_path):
     """The weights are equal bit for bit; the figures up to float32's rounding of the sums."""
-    settings = recipe("s10").scaled(epochs=2, batch_size=16)
+    settings = recipe(name).scaled(epochs=2, batch_size=16)
     model, _, plain = train.train(settings, images, seed=3, device=CPU)
     module = lightning_loop.Classifier(train.new_model(settings, images, seed=3), settings, 4)
     trainer = lightning_loop.make_trainer(settings, tmp_path, device=CPU, validation=False)
@@ -95,6 +97,23 @@ def test_both_loops_train_the_same(images, tmp_path):
     logits, labels = as_after_two_epochs(module, images)
     matrix = training.confusion_matrix(logits.argmax(1), labels, 4)
     assert torch.equal(module.confusion["test"].compute(), matrix)
+
+
+def test_gradients_are_clipped_in_mixed_precision(images, tmp_path):
+    """Lightning refuses to for a fused optimizer."""
+    settings = recipe("resnet9").scaled(epochs=1, batch_size=16)
+    how = {"device": CPU, "dtype": torch.bfloat16}
+    plain = train.train(settings, images, **how)[0].state_dict()
+    lightning = train.train_lightning(settings, images, out=tmp_path, **how)[0].state_dict()
+    assert all(torch.equal(lightning[name], tensor) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_only_where_gradients_are_clipped_the_optimizer_is_not_fused(clip):
+    """Lightning then takes float16's scale out of them before it clips."""
+    settings = replace(recipe("s10"), gradient_clip=clip)
+    optimizer = training.make_optimizer(torch.nn.Linear(1, 1), settings)
+    assert _optimizer_handles_unscaling(optimizer) == (clip is None)
 
 
 def test_run_writes_these_files(out):

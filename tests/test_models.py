@@ -1,11 +1,18 @@
-"""The custom ResNet: its parameters, its shapes, its order of layers and its residuals."""
+"""Both networks: their parameters, their shapes, their order of layers and their residuals."""
 
 import pytest
 import torch
 from torch import nn
 
 from utils import InputError
-from utils.models import CustomResNet, ResidualLayer, dirac_init, whiten_init
+from utils.models import (
+    CustomResNet,
+    ResidualLayer,
+    ResNet9,
+    dirac_init,
+    make_model,
+    whiten_init,
+)
 
 
 @pytest.fixture(scope="module")
@@ -14,9 +21,12 @@ def model():
     return CustomResNet().eval()
 
 
-@pytest.mark.parametrize("fc_bias, count", [(True, 6_573_130), (False, 6_573_120)])
-def test_parameter_count(fc_bias, count):
-    parameters = CustomResNet(fc_bias=fc_bias).parameters()
+@pytest.mark.parametrize("name, fc_bias, count", [
+    ("custom_resnet", True, 6_573_130), ("custom_resnet", False, 6_573_120),
+    ("resnet9", True, 6_575_370), ("resnet9", False, 6_575_360),
+])
+def test_parameter_count(name, fc_bias, count):
+    parameters = make_model(name, fc_bias=fc_bias).parameters()
     assert sum(p.numel() for p in parameters if p.requires_grad) == count
 
 
@@ -85,17 +95,19 @@ def test_output_is_the_linear_layer_of_the_pooled_features(model, size):
     assert (logits < 0).any()
 
 
+@pytest.mark.parametrize("network", [CustomResNet, ResNet9])
 @pytest.mark.parametrize("size", [(32, 32), (48, 64), (40, 36), (24, 24), (20, 16), (8, 31)])
-def test_other_sizes_and_numbers_of_classes(size):
+def test_other_sizes_and_numbers_of_classes(network, size):
     with torch.inference_mode():
-        logits = CustomResNet(3)(torch.randn(2, 3, *size))
+        logits = network(3)(torch.randn(2, 3, *size))
     assert logits.shape == (2, 3) and logits.isfinite().all()
 
 
+@pytest.mark.parametrize("network", [CustomResNet, ResNet9])
 @pytest.mark.parametrize("size", [(7, 32), (32, 7), (4, 4)])
-def test_too_small_an_image(model, size):
+def test_too_small_an_image(network, size):
     with pytest.raises(InputError, match="×".join(map(str, size))):
-        model(torch.zeros(1, 3, *size))
+        network()(torch.zeros(1, 3, *size))
 
 
 @pytest.mark.parametrize("size", [8, 16, 20, 24])
@@ -104,6 +116,35 @@ def test_of_a_small_image_the_last_pool_takes_all(model, size):
     images = torch.randn(2, 3, size, size)
     features = model.layer3(model.layer2(model.layer1(model.prep(images))))
     torch.testing.assert_close(model(images), model.fc(features.amax((2, 3))))
+
+
+def test_resnet9_pools_after_batch_norm_and_relu():
+    model = ResNet9()
+    plain = ["Conv2d", "BatchNorm2d", "ReLU"]
+    pooled = [*plain, "MaxPool2d"]
+    assert _kinds(model) == [
+        *plain, *pooled, *plain, *plain, *pooled, *pooled, *plain, *plain, "MaxPool2d", "Linear"
+    ]
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert {(c.kernel_size, c.padding, c.bias is None) for c in convolutions} == {
+        ((3, 3), (1, 1), False)
+    }
+
+
+@torch.inference_mode()
+def test_resnet9_adds_each_residual_and_pools_what_is_left():
+    model = ResNet9().eval()
+    images = torch.randn(2, 3, 32, 32)
+    x = model.conv2(model.conv1(images))
+    x = model.conv4(model.conv3(x + model.res1(x)))
+    x = x + model.res2(x)
+    assert x.shape == (2, 512, 4, 4)
+    torch.testing.assert_close(model(images), model.fc(x.amax((2, 3))))
+
+
+def test_unknown_model_lists_the_names():
+    with pytest.raises(InputError, match="^unknown model 'resnet'; .* custom_resnet, resnet9$"):
+        make_model("resnet")
 
 
 def test_dirac_init_passes_the_input_on():

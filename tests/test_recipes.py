@@ -23,6 +23,41 @@ def test_s10_20_has_the_rates_of_its_source():
     assert dict(s10_20.claimed) == {"train": 93.77, "test": 91.42}
 
 
+def test_resnet9_is_its_source_but_for_the_length():
+    ours, source = recipe("resnet9"), recipe("resnet9").as_published()
+    assert source.identity() == {
+        "name": "resnet9", "model": "resnet9", "epochs": 8, "peak_epoch": 2.4, "batch_size": 400,
+        "min_lr": 0.0004, "final_lr": pytest.approx(4e-8), "anneal": "cos",
+        "cycle_momentum": True, "weight_decay": 1e-4, "gradient_clip": 0.1,
+        "padding_mode": "reflect", "cutout": 0,
+    }
+    assert (source.optimizer, source.max_lr) == ("adam", 0.01)
+    assert ours == dataclasses.replace(source, epochs=24, peak_epoch=7.2)
+    assert dict(ours.claimed) == {"test": 90}
+
+
+def test_s10_albumentations_departs_in_rates_and_decay():
+    ours = recipe("s10_albumentations")
+    assert ours.identity() == {
+        "name": "s10_albumentations", "fc_bias": False, "per_image": True
+    }
+    assert ours.as_published() == dataclasses.replace(
+        ours, min_lr=0.003, max_lr=0.03, weight_decay=1e-3
+    )
+    assert dict(ours.claimed) == {"test": 69.80}
+
+
+def test_published_recipes_scale_and_change_like_others():
+    source = recipe("s10_albumentations").as_published().changed(["cutout=0"]).scaled(max_lr=0.3)
+    assert (source.min_lr, source.max_lr, source.cutout) == (pytest.approx(0.03), 0.3, 0)
+    assert recipe("resnet9").as_published().scaled(epochs=4).peak_epoch == 1.2
+
+
+@pytest.mark.parametrize("name", ["s10", "s10_20", "s12"])
+def test_a_recipe_without_departures_is_as_published(name):
+    assert recipe(name).as_published() == recipe(name)
+
+
 def test_every_recipe_goes_by_its_own_name():
     assert all(recipe(name).name == name for name in RECIPES)
 
@@ -50,6 +85,13 @@ def test_scaled_by_default_changes_nothing():
     assert recipe("s10").scaled(batch_size=40) == dataclasses.replace(recipe("s10"), batch_size=40)
 
 
+def test_scaled_takes_the_other_rates_along():
+    settings = Recipe(name="mine", min_lr=0.25, max_lr=1.0, final_lr=0.125)
+    scaled = settings.scaled(max_lr=0.5)
+    assert (scaled.min_lr, scaled.max_lr, scaled.final_lr) == (0.125, 0.5, 0.0625)
+    assert recipe("s10").scaled(max_lr=0.5).final_lr is None
+
+
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"epochs": -1}, {"batch_size": 1}])
 def test_too_small(settings):
     name, value = next(iter(settings.items()))
@@ -57,10 +99,27 @@ def test_too_small(settings):
         recipe("s10").scaled(**settings)
 
 
+@pytest.mark.parametrize("assignment, message", [
+    ("optimizer=lamb", "optimizer must be one of adam, adamw, sgd, not 'lamb'"),
+    ("padding_mode=edge", "padding_mode must be one of constant, reflect, not 'edge'"),
+    ("anneal=cosine", "anneal must be one of linear, cos, not 'cosine'"),
+    ("min_lr=0", "min_lr must be positive, not 0.0"),
+    ("max_lr=-0.1", "max_lr must be positive, not -0.1"),
+    ("final_lr=0", "final_lr must be positive, not 0.0"),
+    ("per_image=True", "sizes need whole batches; choose sizes=() or per_image=False"),
+])
+def test_settings_that_do_not_exist_or_do_not_go_together(assignment, message):
+    with pytest.raises(InputError) as caught:
+        recipe("s10").changed(["sizes=(16, 32)", assignment])
+    assert str(caught.value) == message
+
+
 def test_identity_is_what_differs_from_the_defaults():
     half = recipe("s10").scaled(epochs=12).identity()
     assert half == {"name": "s10", "epochs": 12, "peak_epoch": 2.5}
-    assert Recipe(name="mine", flip=0.5).identity() == {"name": "mine"}
+    about = {"claimed": (("test", 90.0),), "original": (("flip", 0.1),)}
+    assert Recipe(name="mine", flip=0.5, **about).identity() == {"name": "mine"}
+    assert str(Recipe(name="mine", **about)) == str(Recipe(name="mine"))
 
 
 def test_printed_it_shows_every_setting():
@@ -70,6 +129,7 @@ def test_printed_it_shows_every_setting():
         for setting in ["name s10", "epochs 7", "peak_epoch 1.4583", "batch_size 512", "cutout 8"]
     )
     assert "\n" not in text and "None" not in text
+    assert "final_lr 4e-08" in str(Recipe(name="mine", final_lr=4e-8))
 
 
 def test_sizes_take_turns():
@@ -91,7 +151,8 @@ def test_changed():
 
 
 @pytest.mark.parametrize("assignment, word", [
-    ("cutouts=4", "cutouts"), ("name=mine", "name"), ("cutout=4.5", "4.5"), ("cutout=", "cutout"),
+    ("cutouts=4", "cutouts"), ("name=mine", "name"), ("original=()", "no setting"),
+    ("claimed=()", "no setting"), ("cutout=4.5", "4.5"), ("cutout=", "cutout"),
     ("flip=often", "often"), ("optimizer=3", "optimizer"), ("sizes=16", "sizes"), ("", "setting"),
 ])
 def test_changed_in_vain(assignment, word):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from utils import InputError
@@ -24,6 +25,20 @@ def test_straight_to_the_peak_and_back(epochs, peak_epoch, steps):
     rates = one_cycle_rates(total_steps=total, epochs=epochs, peak_epoch=peak_epoch, **LIMITS)
     assert rates.index(max(rates)) == up - 1
     expected = [*np.linspace(1e-4, 1e-2, up), *np.linspace(1e-2, 1e-4, total - up + 1)[1:]]
+    assert rates == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("anneal, share", [
+    ("linear", lambda x: x), ("cos", lambda x: (1 - np.cos(np.pi * x)) / 2),
+])
+def test_either_form_and_an_end_of_its_own(anneal, share):
+    low, high, end = 4e-4, 1e-2, 4e-8
+    rates = one_cycle_rates(
+        total_steps=200, epochs=10, peak_epoch=3, min_lr=low, max_lr=high, final_lr=end,
+        anneal=anneal,
+    )
+    up, down = share(np.linspace(0, 1, 60)), share(np.linspace(0, 1, 141)[1:])
+    expected = [*(low + (high - low) * up), *(high + (end - high) * down)]
     assert rates == pytest.approx(expected, rel=1e-9)
 
 
@@ -87,6 +102,37 @@ def test_momentum_is_left_alone():
     optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.99)
+
+
+def test_momentum_cycles_where_that_is_wanted():
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], betas=(0.8, 0.99))
+    scheduler = one_cycle(
+        optimizer, total_steps=9, epochs=9, peak_epoch=5, **LIMITS, cycle_momentum=True
+    )
+    betas = []
+    for _ in range(9):
+        betas.append(optimizer.param_groups[0]["betas"])
+        optimizer.step()
+        scheduler.step()
+    momenta = [0.95, 0.925, 0.9, 0.875, 0.85, 0.875, 0.9, 0.925, 0.95]
+    assert betas == [(pytest.approx(momentum), 0.99) for momentum in momenta]
+
+
+def test_resnet9_as_published_has_torchs_defaults():
+    groups = []
+    for make in (
+        lambda adam: one_cycle(adam, total_steps=1000, **recipe("resnet9").as_published().rates()),
+        lambda adam: OneCycleLR(adam, 0.01, epochs=8, steps_per_epoch=125),
+    ):
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+        scheduler = make(optimizer)
+        steps = []
+        for _ in range(1000):
+            steps.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
+            optimizer.step()
+            scheduler.step()
+        groups.append(np.array(steps))
+    np.testing.assert_allclose(*groups, rtol=1e-9)
 
 
 def _task(batch_norm=True):

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from utils import data, train, training
-from utils.models import CustomResNet
+from utils.models import CustomResNet, ResNet9
 from utils.recipes import RECIPES, recipe
 from utils.transforms import channel_statistics
 
@@ -185,6 +185,29 @@ def test_commit(tmp_path, monkeypatch):
     assert current_commit() == ""
 
 
+def test_model_and_bias_are_the_recipes(folder):
+    settings = recipe("s10").changed(["model=resnet9", "fc_bias=False"])
+    model = train.new_model(settings, data.load(str(folder)))
+    assert type(model) is ResNet9 and model.fc.bias is None and model.fc.out_features == 3
+
+
+def test_as_published_comes_before_other_changes(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(settings, *_, **__):
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", stop)
+    with pytest.raises(SystemExit):
+        train.main(
+            ["resnet9", "--as-published", "--set", "peak_epoch=2", "--epochs", "4",
+             "--data", str(folder), "--out", str(tmp_path / "new"), *ON_CPU]
+        )
+    expected = recipe("resnet9").as_published().changed(["peak_epoch=2"]).scaled(epochs=4)
+    assert seen == [expected] and expected.peak_epoch == 1
+
+
 # What is refused
 
 
@@ -207,6 +230,7 @@ def refused(arguments, *words):
         (["s10", "--device", "cuda:99"], ["cuda:99"]),
         (["s10", "--device", "nonsense"], ["nonsense"]),
         (["s10", "--data", "nowhere"], ["nowhere"]),
+        (["s10", "--epochs", "1", "--set", "model=resnet"], ["'resnet'", "resnet9"]),
     ],
     ids=" ".join,
 )

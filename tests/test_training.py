@@ -503,6 +503,16 @@ def test_recipe_image_by_image():
     assert isinstance(test_loader.dataset.transform, BatchTransform)
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+def test_padding_mode_of_the_recipe_arrives(per_image):
+    """Mirrored, a picture of one grey stays so wherever it is cropped."""
+    recipe = dataclasses.replace(TINY, per_image=per_image, padding_mode="reflect", cutout=0)
+    images = tiny_images()
+    images.train_images[:] = torch.arange(42).view(-1, 1, 1, 1)
+    train_loader = training.make_loaders(recipe, images, device=CPU, workers=0)[0]
+    assert all((batch == batch[..., :1, :1]).all() for batch, _ in train_loader)
+
+
 def test_draws_of_the_loader_depend_on_the_seed():
     first, second, other = (
         torch.cat([batch for batch, _ in training.make_loaders(

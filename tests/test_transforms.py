@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from utils.transforms import BatchTransform, albumentations_pipeline, channel_statistics
+from utils import InputError
+from utils.transforms import BatchTransform, albumentations_pipeline, channel_statistics, pad
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 MEAN, STD = (0.49, 0.3, 0.75), (0.25, 0.2, 0.3)
@@ -87,19 +88,36 @@ def test_deviation_is_not_the_mean_of_each_images_own():
 # Geometry
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
 @pytest.mark.parametrize("height, width", [(32, 32), (40, 36)])
-def test_outputs_are_the_81_crops_of_the_image_padded_with_black(augment, height, width):
+def test_outputs_are_the_81_crops_of_the_padded_image(augment, height, width, mode):
     """The same set for both paths, and every crop of it is reached."""
     picture = codes(height, width)
-    padded = np.pad(picture.numpy(), ((0, 0), (4, 4), (4, 4)))
+    padded = np.pad(picture.numpy(), ((0, 0), (4, 4), (4, 4)), mode=mode)
     crops = {
         padded[:, top : top + height, left : left + width].tobytes()
         for top in range(9)
         for left in range(9)
     }
     assert len(crops) == 81
-    outputs = augment(picture.expand(DRAWS, -1, -1, -1), **PLAIN, flip=0, cutout=0)
+    outputs = augment(
+        picture.expand(DRAWS, -1, -1, -1), **PLAIN, padding_mode=mode, flip=0, cutout=0
+    )
     assert {output.numpy().tobytes() for output in pixels(outputs)} == crops
+
+
+@settings(deadline=None, max_examples=50)
+@given(arrays(np.uint8, array_shapes(min_dims=4, max_dims=4, max_side=6)), st.integers(0, 6))
+def test_pad_is_numpys(images, padding):
+    widths = [(0, 0), (0, 0), (padding, padding), (padding, padding)]
+    padded = pad(torch.from_numpy(images), padding)
+    assert np.array_equal(padded, np.pad(images, widths))
+    if padding < min(images.shape[2:]):
+        mirrored = pad(torch.from_numpy(images), padding, "reflect")
+        assert np.array_equal(mirrored, np.pad(images, widths, mode="reflect"))
+    else:
+        with pytest.raises(InputError, match="mirrored"):
+            pad(torch.from_numpy(images), padding, "reflect")
 
 
 def test_other_padding(augment):

@@ -332,7 +332,7 @@ def main():
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--images", type=int, default=1024, help="an epoch (default: 1024)")
     parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
-    parser.add_argument("--repeats", type=int, default=2, help="epochs of each loop in a turn (default: 2)")
+    parser.add_argument("--repeats", type=int, default=2, help="epochs of each (default: 2)")
     parser.add_argument(
         "--workers", type=int, help="of the plain loop's loader (default: a core each, at most 8)"
     )

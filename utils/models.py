@@ -1,4 +1,4 @@
-"""The custom ResNet of the assignment, and ways to initialise it."""
+"""The custom ResNet of the assignment, the ResNet-9 of a tutorial, and ways to initialise them."""
 
 import json
 from pathlib import Path
@@ -21,6 +21,13 @@ def _conv(channels_in, channels_out, *, pool=False):
     return nn.Sequential(*layers, nn.BatchNorm2d(channels_out), nn.ReLU())
 
 
+def _conv_then_pool(channels_in, channels_out, *, pool=False):
+    """Convolution 3×3 with bias, BatchNorm, ReLU, and at last max-pool 2×2 if `pool`."""
+    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+    pools = [nn.MaxPool2d(2)] if pool else []
+    return nn.Sequential(conv, nn.BatchNorm2d(channels_out), nn.ReLU(), *pools)
+
+
 class ResidualLayer(nn.Module):
     """X = conv, max-pool, BN, ReLU; R = two conv-BN-ReLU of X; the layer gives X + R."""
 
@@ -36,7 +43,33 @@ class ResidualLayer(nn.Module):
         return x + self.residual(x)
 
 
-class CustomResNet(nn.Module):
+class _Classifier(nn.Module):
+    """From `features`, an eighth of the image's sides, to logits by `pool` and `fc`.
+
+    Of images below 32×32 the last pool takes all that is left; larger ones are averaged over the
+    places that are left after it. Raises InputError below 8×8.
+    """
+
+    def forward(self, x):
+        if min(x.shape[-2:]) < 8:
+            size = "×".join(map(str, x.shape[-2:]))
+            raise InputError(f"images of {size} pixels are too small; enlarge them to 32×32")
+        return self.fc(self.pool(self.features(x)).mean(dim=(2, 3)))
+
+    @classmethod
+    def from_pretrained(cls, path=None):
+        """The network of a weights file, as `load_weights` gives it.
+
+        Raises InputError where that fails or the file holds another network.
+        """
+        model = load_weights(path)
+        if not isinstance(model, cls):
+            kind = type(model).__name__
+            raise InputError(f"the weights are of a {kind}; use {kind}.from_pretrained")
+        return model
+
+
+class CustomResNet(_Classifier):
     """Images (N, 3, H, W), float, H and W at least 8, to logits (N, num_classes).
 
     6,573,130 parameters with ten classes; 6,573,120 without the bias of the linear layer.
@@ -53,27 +86,47 @@ class CustomResNet(nn.Module):
         self.pool = nn.MaxPool2d(4, ceil_mode=True)  # so that 24×24 leaves one place, not none
         self.fc = nn.Linear(512, num_classes, bias=fc_bias)
 
-    @classmethod
-    def from_pretrained(cls, path=None):
-        """The network of a weights file, as `load_weights` gives it.
-
-        Raises InputError where that fails or the file holds another network.
-        """
-        model = load_weights(path)
-        if not isinstance(model, cls):
-            kind = type(model).__name__
-            raise InputError(f"the weights are of a {kind}; use {kind}.from_pretrained")
-        return model
-
-    def forward(self, x):
-        if min(x.shape[-2:]) < 8:
-            size = "×".join(map(str, x.shape[-2:]))
-            raise InputError(f"images of {size} pixels are too small; enlarge them to 32×32")
-        x = self.layer3(self.layer2(self.layer1(self.prep(x))))
-        return self.fc(self.pool(x).mean(dim=(2, 3)))
+    def features(self, x):
+        return self.layer3(self.layer2(self.layer1(self.prep(x))))
 
 
-MODELS = {"custom_resnet": CustomResNet}
+class ResNet9(_Classifier):
+    """Images (N, 3, H, W), float, H and W at least 8, to logits (N, num_classes).
+
+    6,575,370 parameters with ten classes; 6,575,360 without the bias of the linear layer. Its
+    blocks pool after BatchNorm and ReLU, not before, and its convolutions have biases, although
+    the BatchNorm that follows takes them out again. Other sizes than 32×32 are treated as by
+    `CustomResNet`. Raises InputError below 8×8.
+    Source: a tutorial for CIFAR-10 as a folder of images; its convolutions and their numbers of
+    channels are those of Page, "How to train your ResNet" (2018).
+    """
+
+    def __init__(self, num_classes=10, *, fc_bias=True):
+        super().__init__()
+        self.conv1 = _conv_then_pool(3, 64)
+        self.conv2 = _conv_then_pool(64, 128, pool=True)
+        self.res1 = nn.Sequential(_conv_then_pool(128, 128), _conv_then_pool(128, 128))
+        self.conv3 = _conv_then_pool(128, 256, pool=True)
+        self.conv4 = _conv_then_pool(256, 512, pool=True)
+        self.res2 = nn.Sequential(_conv_then_pool(512, 512), _conv_then_pool(512, 512))
+        self.pool = nn.MaxPool2d(4, ceil_mode=True)
+        self.fc = nn.Linear(512, num_classes, bias=fc_bias)
+
+    def features(self, x):
+        x = self.conv2(self.conv1(x))
+        x = x + self.res1(x)
+        x = self.conv4(self.conv3(x))
+        return x + self.res2(x)
+
+
+MODELS = {"custom_resnet": CustomResNet, "resnet9": ResNet9}
+
+
+def make_model(name, num_classes=10, *, fc_bias=True):
+    """The network of that name. Raises InputError, with the names there are, for another."""
+    if name not in MODELS:
+        raise InputError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    return MODELS[name](num_classes, fc_bias=fc_bias)
 
 
 def load_weights(path=None):

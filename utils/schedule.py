@@ -18,11 +18,16 @@ with warnings.catch_warnings():  # its import announces bars that are not used h
     from torch_lr_finder import LRFinder
 
 
-def one_cycle(optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr):
+def one_cycle(
+    optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr, final_lr=None,
+    anneal="linear", cycle_momentum=False,
+):
     """The rate rises from `min_lr` to `max_lr` at the end of `peak_epoch`, then falls back.
 
-    Linear both ways and "no annihilation": the last of `total_steps` steps has `min_lr` again.
-    Step it once after each optimizer step. The optimizer's momentum is left alone.
+    The last of `total_steps` steps has `final_lr`; where that is None, `min_lr` again: "no
+    annihilation". `anneal`: "linear" both ways, or "cos" for half a cosine wave each.
+    With `cycle_momentum` the momentum, Adam's first beta, does the opposite: from 0.95 to 0.85
+    and back. Without, it is left alone. Step it once after each optimizer step.
     Source: Smith, "A disciplined approach to neural network hyper-parameters" (2018).
     """
     total_steps = max(total_steps, 3)  # fewer make OneCycleLR divide by zero
@@ -34,10 +39,10 @@ def one_cycle(optimizer, *, total_steps, epochs, peak_epoch, min_lr, max_lr):
         max_lr=[max_lr * group.get("factor", 1) for group in optimizer.param_groups],
         total_steps=total_steps,
         pct_start=share,
-        anneal_strategy="linear",
-        cycle_momentum=False,
+        anneal_strategy=anneal,
+        cycle_momentum=cycle_momentum,
         div_factor=max_lr / min_lr,
-        final_div_factor=1,
+        final_div_factor=min_lr / (final_lr or min_lr),
     )
 
 

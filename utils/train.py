@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 from utils import InputError, data, plotting, training
-from utils.models import CustomResNet, dirac_init, whiten_init
+from utils.models import dirac_init, make_model, whiten_init
 from utils.recipes import RECIPES, recipe
 from utils.schedule import one_cycle, one_cycle_rates
 from utils.transforms import channel_statistics
@@ -61,6 +61,10 @@ def parse(arguments=None):
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="another value for a setting of the recipe, such as cutout=0; may be repeated",
+    )
+    parser.add_argument(
+        "--as-published", action="store_true",
+        help="the source's settings also where the recipe departs from them",
     )
     parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
     parser.add_argument("--device", help="cuda, mps, cpu, … (default: the best there is)")
@@ -126,7 +130,9 @@ def settings_of(args):
 
     Raises InputError where it asks for what can't be, or its folder holds another run.
     """
-    settings = recipe(args.recipe).changed(args.set).scaled(
+    settings = recipe(args.recipe)
+    settings = settings.as_published() if args.as_published else settings
+    settings = settings.changed(args.set).scaled(
         epochs=args.epochs, batch_size=args.batch_size, max_lr=args.max_lr
     )
     settings = dataclasses.replace(settings, loop=args.loop or settings.loop)
@@ -234,7 +240,7 @@ def weights_metadata(settings, images, *, seed=0):
     return {
         "recipe": settings.name,
         "seed": seed,
-        "model": getattr(settings, "model", "custom_resnet"),
+        "model": settings.model,
         "fc_bias": settings.fc_bias,
         "classes": list(images.classes),
         "mean": mean.tolist(),
@@ -305,7 +311,7 @@ def train_lightning(settings, images, *, seed=0, device, dtype=None, out, resume
 def new_model(settings, images, *, seed=0):
     """The recipe's network for an `ImageData`, initialised by `seed`, on the CPU."""
     torch.manual_seed(seed)
-    model = CustomResNet(len(images.classes), fc_bias=settings.fc_bias)
+    model = make_model(settings.model, len(images.classes), fc_bias=settings.fc_bias)
     with torch.no_grad():
         model.fc.weight *= settings.logit_scale
     if settings.dirac:

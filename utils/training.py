@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn import functional as F
 
 from utils import InputError
@@ -78,12 +79,13 @@ def make_optimizer(model, recipe):
         "adamw": torch.optim.AdamW,
         "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
     }
+    bn_biases = {m.bias for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     groups = {1.0: []}
     for name, parameter in model.named_parameters():
         factor = 1.0
         if name.startswith("fc."):
             factor = recipe.logit_scale**2  # a step of w·s moves s·(w·s) by s² as much
-        elif name.endswith("bias") and parameter.ndim == 1:
+        elif parameter in bn_biases:
             factor = recipe.bn_bias_rate
         groups.setdefault(factor, []).append(parameter)
     return optimizers[recipe.optimizer](
@@ -91,7 +93,8 @@ def make_optimizer(model, recipe):
             {"params": parameters, "lr": recipe.min_lr * factor, "factor": factor}
             for factor, parameters in groups.items()
         ],
-        lr=recipe.min_lr, weight_decay=recipe.weight_decay, fused=True,
+        lr=recipe.min_lr, weight_decay=recipe.weight_decay,
+        fused=not recipe.gradient_clip,  # Lightning's mixed precision refuses to clip for these
     )
 
 
@@ -100,7 +103,7 @@ def make_transforms(recipe, images):
     mean, std = channel_statistics(images.train_images)
     settings = {
         name: getattr(recipe, name)
-        for name in ("padding", "flip", "rotation", "brightness", "cutout")
+        for name in ("padding", "padding_mode", "flip", "rotation", "brightness", "cutout")
     }
     if recipe.per_image:
         size = images.train_images.shape[-2:]

@@ -1,14 +1,16 @@
 """Augmentation and normalisation, once image by image and once for whole batches.
 
-Both do the same: pad 4 black pixels a side (32×32 becomes 40×40), crop a random 32×32, flip
-left-right with probability 0.5, where the recipe says so turn and brighten or darken, normalise,
-and set one random 8×8 square to 0, which after normalisation is the data set's mean.
+Both do the same: pad 4 pixels a side, black or mirrored (32×32 becomes 40×40), crop a random
+32×32, flip left-right with probability 0.5, where the recipe says so turn and brighten or darken,
+normalise, and set one random 8×8 square to 0, which after normalisation is the data set's mean.
 """
 
 import os
 
 import torch
 from torch.nn import functional as F
+
+from utils import InputError
 
 
 def channel_statistics(images):
@@ -27,14 +29,16 @@ def channel_statistics(images):
 
 
 def albumentations_pipeline(
-    mean, std, *, size=(32, 32), padding=4, flip=0.5, rotation=0, brightness=0, cutout=8,
-    augment=True,
+    mean, std, *, size=(32, 32), padding=4, padding_mode="constant", flip=0.5, rotation=0,
+    brightness=0, cutout=8, augment=True,
 ):
     """The transforms for one image as an albumentations pipeline.
 
-    `rotation`: degrees, at most, either way; `brightness` 0.2: factors from 0.8 to 1.2. It is
-    called with `image=` a uint8 array (H, W, 3), and gives {"image": float32 tensor
-    (3, H, W)}. `set_random_seed` of the pipeline fixes its draws.
+    `padding_mode`: "constant" for black, or "reflect", which mirrors the image about its outermost
+    pixels; what a rotation brings in is black in any case. `rotation`: degrees, at most, either
+    way; `brightness` 0.2: factors from 0.8 to 1.2. It is called with `image=` a uint8 array
+    (H, W, 3), and gives {"image": float32 tensor (3, H, W)}. `set_random_seed` of the pipeline
+    fixes its draws.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import looks online
     import albumentations as A
@@ -42,6 +46,7 @@ def albumentations_pipeline(
     from albumentations.pytorch import ToTensorV2
 
     height, width = size
+    borders = {"constant": cv2.BORDER_CONSTANT, "reflect": cv2.BORDER_REFLECT_101}
     steps = []
     if augment:
         # PadIfNeeded pads *up to* a size, so the size to name is 40, not 36.
@@ -49,7 +54,7 @@ def albumentations_pipeline(
             A.PadIfNeeded(
                 min_height=height + 2 * padding,
                 min_width=width + 2 * padding,
-                border_mode=cv2.BORDER_CONSTANT,
+                border_mode=borders[padding_mode],
                 fill=0,
             ),
             A.RandomCrop(height, width),
@@ -81,17 +86,19 @@ class BatchTransform:
     Called with uint8 images (N, 3, H, W) it gives float32 images of the same shape. Each image
     has draws of its own. `seed(n, epoch)` fixes the draws that follow; on another kind of device
     the same seed gives other draws. `sizes`: the side that the images are brought to at last in
-    each epoch; () leaves them as they are.
+    each epoch; () leaves them as they are. `padding_mode` and what follows it: as in
+    `albumentations_pipeline`.
     """
 
     def __init__(
-        self, mean, std, *, padding=4, flip=0.5, rotation=0, brightness=0, cutout=8, sizes=(),
-        augment=True,
+        self, mean, std, *, padding=4, padding_mode="constant", flip=0.5, rotation=0,
+        brightness=0, cutout=8, sizes=(), augment=True,
     ):
         self.mean = torch.as_tensor(mean, dtype=torch.float32).view(3, 1, 1)
         self.std = torch.as_tensor(std, dtype=torch.float32).view(3, 1, 1)
         self.padding, self.flip, self.cutout, self.augment = padding, flip, cutout, augment
         self.rotation, self.brightness, self.sizes = rotation, brightness, sizes
+        self.padding_mode = padding_mode
         self.seed(0)
 
     def seed(self, seed, epoch=0):
@@ -105,8 +112,10 @@ class BatchTransform:
             return self.normalize(images)
         if self._generator is None or self._generator.device != images.device:
             self._generator = torch.Generator(images.device).manual_seed(self._seed)
-        images = random_flip(random_crop(images, self.padding, self._generator), self.flip,
-                             self._generator)
+        images = random_crop(
+            images, self.padding, self._generator, padding_mode=self.padding_mode
+        )
+        images = random_flip(images, self.flip, self._generator)
         if self.rotation:
             images = random_rotation(images.float(), self.rotation, self._generator)
         if self.brightness:
@@ -134,12 +143,32 @@ def _draw(count, upper, like, generator):
     return torch.randint(0, upper + 1, (count,), device=like.device, generator=generator)
 
 
-def random_crop(images, padding, generator=None):
-    """Pads (N, C, H, W) by `padding` black pixels a side and crops each image at its own offset."""
+def pad(images, padding, mode="constant"):
+    """(N, C, H, W) with `padding` pixels more a side: black, or for "reflect" mirrored.
+
+    As `F.pad` does it, which lacks "reflect" for uint8 on some devices. Raises InputError where
+    an image is too small to be mirrored.
+    """
+    padded = F.pad(images, [padding] * 4).contiguous()
+    if mode == "constant":
+        return padded
+    if padding >= min(images.shape[-2:]):
+        size = "×".join(map(str, images.shape[-2:]))
+        raise InputError(f"images of {size} pixels can't be mirrored by a padding of {padding}")
+    for axis in (2, 3):
+        lines = padded.transpose(0, axis)  # a view: rows, then columns
+        for i in range(padding):
+            lines[i] = lines[2 * padding - i]
+            lines[-1 - i] = lines[-1 - 2 * padding + i]
+    return padded
+
+
+def random_crop(images, padding, generator=None, *, padding_mode="constant"):
+    """Pads (N, C, H, W) by `padding` pixels a side and crops each image at its own offset."""
     n, channels, height, width = images.shape
     top = _draw(n, 2 * padding, images, generator).view(n, 1, 1)
     left = _draw(n, 2 * padding, images, generator).view(n, 1, 1)
-    padded = F.pad(images, [padding] * 4).contiguous()
+    padded = pad(images, padding, padding_mode)
     # Row i of `rows` are the `width` pixels from pixel i on: a view, so that a crop is a choice
     # of rows, which is copied many times as fast as one pixel by pixel.
     rows = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
