@@ -287,7 +287,7 @@ def measure(*, device, images=1024, batch_size=256, repeats=2, workers=None, com
         kind: matmul_rates(device, kind, repeats=repeats)
         for kind in dict.fromkeys([torch.float32, dtype or torch.float32])
     }
-    inputs = input_speeds(noise_images, repeats=repeats)
+    inputs = input_speeds(noise(8 * images), repeats=repeats)  # short, so take more
     speeds, warm_up = training_speeds(
         noise_images, device=device, dtype=dtype, batch_size=batch_size, workers=workers,
         compiled=compiled, repeats=repeats,

@@ -223,12 +223,14 @@ def random_brightness(images, spread, generator=None):
 def cutout(images, size, generator=None):
     """Sets a `size`×`size` square of each image to 0, at a place of its own wholly inside.
 
-    `images`: normalised float (N, C, H, W), where 0 is the data set's mean; changed in place.
+    `images`: normalised float (N, C, H, W), contiguous, where 0 is the data set's mean; changed
+    in place.
     """
-    n, _, height, width = images.shape
-    top = _draw(n, height - size, images, generator).view(n, 1, 1)
-    left = _draw(n, width - size, images, generator).view(n, 1, 1)
-    image = torch.arange(n, device=images.device).view(n, 1, 1)
+    n, channels, height, width = images.shape
+    top = _draw(n, height - size, images, generator).view(n, 1, 1, 1)
+    left = _draw(n, width - size, images, generator).view(n, 1, 1, 1)
+    plane = torch.arange(n * channels, device=images.device).view(n, channels, 1, 1)
     side = torch.arange(size, device=images.device)
-    images[image, :, top + side.view(size, 1), left + side] = 0
+    pixel = (plane * height + top + side.view(size, 1)) * width + left + side
+    images.view(-1).index_fill_(0, pixel.flatten(), 0)
     return images
