@@ -134,14 +134,14 @@ def _differences(settings, expected):
     """
     expected = json.loads(json.dumps(dataclasses.asdict(expected)))
     return [
-        f"{name}={settings[name]}" for name, value in expected.items()
+        f"{name}={_rounded(settings[name])}" for name, value in expected.items()
         if name in settings and name not in ("loop", "claimed")
         and _rounded(settings[name]) != _rounded(value)
     ]
 
 
 def _rounded(value):
-    return round(value, 9) if isinstance(value, float) else value
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 def record(name, outs, images, folder, *, weights=False, device):
@@ -257,12 +257,13 @@ def results_table(folder=IMAGES):
 
 
 def _table_row(settings, runs):
-    claimed = ", ".join(f"{value:.2f}" for _, value in settings.claimed) or "–"
+    claimed = dict(settings.claimed)
+    claims = [f"{claimed[name]:.2f}" if name in claimed else "–" for name in ("train", "test")]
     epochs = runs[0]["epochs"]
     seconds = statistics.fmean(float(run["seconds"]) for run in runs)
     cells = [
         f"`{settings.name}` {runs[0]['changed']}".strip(),
-        claimed,
+        ", ".join(claims) if claimed else "–",
         f"{_spread(runs, 'test_acc')} (n = {len(runs)})",
         _spread(runs, "test_acc_exact"),
         _spread(runs, "test_acc_flip"),
