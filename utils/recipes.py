@@ -70,7 +70,7 @@ class Recipe:
             raise InputError("sizes need whole batches; choose sizes=() or per_image=False")
         if self.batch_size < 2:
             raise InputError(f"batch_size must be at least 2, not {self.batch_size}")
-        for name in ("min_lr", "max_lr", "final_lr"):
+        for name in ("max_lr", "min_lr", "final_lr"):
             if (rate := getattr(self, name)) is not None and not rate > 0:
                 raise InputError(f"{name} must be positive, not {rate}")
 
