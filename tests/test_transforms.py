@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from utils import InputError
-from utils.transforms import BatchTransform, albumentations_pipeline, channel_statistics, pad
+from utils.transforms import BatchTransform, albumentations_pipeline, channel_statistics, cutout, pad
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 MEAN, STD = (0.49, 0.3, 0.75), (0.25, 0.2, 0.3)
@@ -276,3 +276,8 @@ def test_sizes_by_epoch():
         torch.testing.assert_close(
             small.mean((2, 3)), large.mean((2, 3)), rtol=0, atol=0 if size == 32 else 0.05
         )
+
+
+def test_cutout_that_does_not_fit():
+    with pytest.raises(InputError, match="cutout of 8 does not fit 32×7 pixels"):
+        cutout(torch.ones(2, 3, 32, 7), 8)

@@ -224,9 +224,11 @@ def cutout(images, size, generator=None):
     """Sets a `size`×`size` square of each image to 0, at a place of its own wholly inside.
 
     `images`: normalised float (N, C, H, W), contiguous, where 0 is the data set's mean; changed
-    in place.
+    in place. Raises InputError where the square does not fit.
     """
     n, channels, height, width = images.shape
+    if size > min(height, width):
+        raise InputError(f"a cutout of {size} does not fit {height}×{width} pixels; lower it")
     top = _draw(n, height - size, images, generator).view(n, 1, 1, 1)
     left = _draw(n, width - size, images, generator).view(n, 1, 1, 1)
     plane = torch.arange(n * channels, device=images.device).view(n, channels, 1, 1)
