@@ -75,7 +75,7 @@ def as_after_two_epochs(module, images):
     return training.predict(module.model, loaders[1])
 
 
-@pytest.mark.parametrize("name", ["s10", "resnet9"])
+@pytest.mark.parametrize("name", ["s10", "s10_cpu", "resnet9"])
 def test_both_loops_train_the_same(name, images, tmp_path):
     """The weights are equal bit for bit; the figures up to float32's rounding of the sums."""
     settings = recipe(name).scaled(epochs=2, batch_size=16)

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from utils import InputError
-from utils.transforms import BatchTransform, albumentations_pipeline, channel_statistics, cutout, pad
+from utils.transforms import (
+    BatchTransform,
+    albumentations_pipeline,
+    channel_statistics,
+    cutout,
+    pad,
+)
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 MEAN, STD = (0.49, 0.3, 0.75), (0.25, 0.2, 0.3)
