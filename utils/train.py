@@ -215,6 +215,7 @@ def run(args, images=None):
         "device": training.device_name(device),
         "precision": str(dtype or torch.float32)[6:],
         "training_seconds": sum(history.column("seconds")),
+        "warm_up_seconds": history.warm_up_seconds,
         "last_epoch": history[-1],
     }
     with training.whole_file(out / "metrics.json") as part:
