@@ -55,8 +55,6 @@ def test_memory_counts_weights_gradients_state_and_what_is_kept():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10, bias=False), nn.ReLU())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     images = torch.ones(4, 3, 32, 32)
-    model(images).sum().backward()
-    optimizer.step()
     # weights, gradients and momentum; the images, and the result of ReLU
     assert benchmark.step_memory(model, optimizer, images) == 4 * (3 * 30720 + 4 * 3072 + 4 * 10)
 
@@ -78,7 +76,20 @@ def test_command_writes_table_and_figure(rows, tmp_path, monkeypatch, capsys):
     assert [row["what"] for row in written] == list(rows)
     assert float(written[0]["median"]) == rows[written[0]["what"]]["median"]
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert all(name in capsys.readouterr().out for name in [list(rows)[0]])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
     shares = benchmark.phases_of(written)
     assert list(shares) == ["plain", "ours"]
     assert list(shares["ours"]) == ["input", "forward", "backward", "optimizer"]
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--device", "nonsense"], "nonsense"), (["--images", "256"], "--images"),
+    (["--repeats", "0"], "--repeats"),
+])
+def test_refused_in_one_line(arguments, word, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main()
+    assert caught.value.code.startswith("error: ") and word in caught.value.code
+    assert "\n" not in caught.value.code

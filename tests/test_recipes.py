@@ -158,3 +158,13 @@ def test_changed():
 def test_changed_in_vain(assignment, word):
     with pytest.raises(InputError, match=word):
         recipe("s10").changed([assignment])
+
+
+@pytest.mark.parametrize("assignment", [
+    "cutout=-1", "padding=-3", "label_smoothing=2", "weight_decay=-1", "flip=7", "brightness=2",
+    "held_out=1.5", "loop=foo", "sizes=(16.5,)", "sizes=('a',)", "sizes=(0,)", "logit_scale=0",
+    "gradient_clip=-1", "peak_epoch=-1", "logit_scale=0.5",
+])
+def test_settings_that_can_not_be(assignment):
+    with pytest.raises(InputError, match=assignment.partition("=")[0]):
+        recipe("s10").changed([assignment])

@@ -344,3 +344,25 @@ def test_run_that_was_killed_ends_as_one_that_was_not(tmp_path):
     assert (whole / name).read_bytes() == (resumed / name).read_bytes()
     assert without_times(read_history(whole)) == without_times(read_history(resumed))
     assert {p.name for p in resumed.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def test_set_wins_over_the_samples_own_schedule():
+    arguments = ["s10", "--data", "sample", "--set", "epochs=2", "--set", "batch_size=16"]
+    args = train.parse([*arguments, "--set", "peak_epoch=1"])
+    settings = train.fitted(train.settings_of(args), args, data.builtin_sample())
+    assert (settings.epochs, settings.batch_size, settings.peak_epoch) == (2, 16, 1)
+    args = train.parse(arguments[:3])
+    settings = train.fitted(train.settings_of(args), args, data.builtin_sample())
+    assert (settings.epochs, settings.batch_size, settings.peak_epoch) == (6, 32, 1.25)
+
+
+def test_whitening_sees_all_classes():
+    """In a folder the images are sorted by class; here only those of the last vary."""
+    images = data.ImageData(
+        "sorted", ("a", "b"), torch.zeros(12000, 3, 8, 8, dtype=torch.uint8),
+        torch.arange(12000) // 6000, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2),
+    )
+    images.train_images[6000:] = torch.randint(0, 256, (6000, 3, 8, 8), dtype=torch.uint8)
+    settings = recipe("s10").changed(["whiten=True"])
+    filters = train.new_model(settings, images).prep[0].weight[:27].flatten(1)
+    assert filters.norm(dim=1).max() < 5  # of images without variance they would be 10

@@ -1,6 +1,6 @@
 """Speeds side by side, in one run on this machine: `python -m utils.benchmark`.
 
-The limit (the largest matrix product rate), the input image by image and in batches, training as a
+The rate of large matrix products, the input image by image and in batches, training as a
 plain loop does it and as we do, and where the time of a step goes. The images are noise: speed
 does not depend on what they show.
 """
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from utils import data, plotting, train, training
+from utils import InputError, data, plotting, train, training
 from utils.models import CustomResNet
 from utils.progress import progress_bar
 from utils.recipes import recipe
@@ -240,26 +240,30 @@ def step_memory(model, optimizer, images, *, dtype=None):
     what the forward pass keeps for the backward pass.
     """
     device = images.device
-    kept = {}
+    kept = {}  # by address, since a tensor may be kept more than once
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with keeping, training.autocast(device, dtype):
-        loss = model(images).sum()
-    loss.backward()
-    optimizer.step()
+    for _ in range(2):  # the first makes the optimizer's state
+        kept.clear()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with keeping, training.autocast(device, dtype):
+            loss = model(images).sum()
+        for parameter in model.parameters():
+            keep(parameter)
+        total = sum(kept.values())
+        loss.backward()
+        optimizer.step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     for parameter in model.parameters():
-        state = optimizer.state[parameter].values()
-        for tensor in (parameter, parameter.grad, *filter(torch.is_tensor, state)):
-            keep(tensor)
-    return sum(kept.values())
+        state = filter(torch.is_tensor, optimizer.state[parameter].values())
+        total += sum(tensor.nbytes for tensor in (parameter.grad, *state))
+    return total
 
 
 def measure(*, device, images=1024, batch_size=256, repeats=2, workers=None, compiled=False):
@@ -305,15 +309,17 @@ def measure(*, device, images=1024, batch_size=256, repeats=2, workers=None, com
     add_ratio("our training over the matrix product", speeds[OURS], limit, training_flops())
 
     settings = {"device": device, "batch_size": batch_size}
-    by_phase = step_phases(noise_images, dtype=dtype, workers=workers, **settings)
+    # without workers, whose time would be hidden in the other phases
+    by_phase = step_phases(noise_images, dtype=dtype, workers=0, **settings)
     for name, times in zip((PLAIN, OURS), by_phase.values(), strict=True):
         for phase, values in times.items():
             add(f"{name}: {phase}", "ms/image", values)
-    plain = plain_parts(noise_images, workers=0, **settings)
-    ours = our_parts(noise_images, **settings)
-    for name, parts, how in ((PLAIN, plain, {}), (OURS, ours, {"dtype": dtype})):
-        pixels = torch.zeros(batch_size, 3, 32, 32, device=device)
-        add(f"{name}: memory", "MiB", [step_memory(*parts[1:], pixels, **how) / 2**20])
+    pixels = torch.zeros(batch_size, 3, 32, 32, device=device)
+    _, *parts = plain_parts(noise_images, workers=0, **settings)
+    add(f"{PLAIN}: memory", "MiB", [step_memory(*parts, pixels) / 2**20])
+    del parts  # so that they don't count below
+    _, *parts = our_parts(noise_images, **settings)
+    add(f"{OURS}: memory", "MiB", [step_memory(*parts, pixels, dtype=dtype) / 2**20])
     return rows
 
 
@@ -340,6 +346,16 @@ def main():
     parser.add_argument("--csv", metavar="FILE", help="also write the table to this file")
     parser.add_argument("--figure", metavar="FILE", help="also draw where the time goes (PNG)")
     args = parser.parse_args()
+    plt.switch_backend("Agg")
+    try:
+        _run(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(args):
+    if args.images < 2 * args.batch_size or args.repeats < 1:
+        raise InputError("--images must be at least two batches, and --repeats at least 1")
     device = training.pick_device(args.device)
     name = f"{training.device_name(device)}, {str(training.amp_dtype(device) or torch.float32)[6:]}"
     print(name, flush=True)

@@ -5,6 +5,7 @@
 
 import ast
 import contextlib
+import math
 from dataclasses import dataclass, fields, replace
 from typing import get_origin
 
@@ -14,6 +15,19 @@ CHOICES = {
     "optimizer": ("adam", "adamw", "sgd"),
     "anneal": ("linear", "cos"),
     "padding_mode": ("constant", "reflect"),
+    "loop": ("plain", "lightning"),
+}
+LIMITS = {  # the lowest and the highest value
+    "epochs": (1, math.inf),
+    "batch_size": (2, math.inf),
+    "weight_decay": (0, math.inf),
+    "label_smoothing": (0, 1),
+    "padding": (0, math.inf),
+    "flip": (0, 1),
+    "rotation": (0, 180),
+    "brightness": (0, 1),
+    "cutout": (0, math.inf),
+    "held_out": (0, 0.9),
 }
 ABOUT_THE_SOURCE = ("claimed", "original")  # fields that no training depends on
 
@@ -48,8 +62,7 @@ class Recipe:
     brightness: float = 0.0  # factors from 1 - brightness to 1 + brightness
     cutout: int = 8  # side of the square set to the data set's mean; 0 for none
     sizes: tuple[int, ...] = ()  # sides of the training images, in turn; () for their own size
-    bn_bias_rate: float = 1.0  # factor of the rate of BatchNorm's biases
-    logit_scale: float = 1.0  # trains as if the logits were multiplied by it
+    logit_scale: float = 1.0  # of the linear layer's first weights; its rate by the square
     dirac: bool = False  # initialise convolutions to pass their input on
     whiten: bool = False  # initialise the first convolution to whiten the training images
     per_image: bool = False  # albumentations image by image, instead of whole batches in torch
@@ -59,8 +72,10 @@ class Recipe:
     original: tuple[tuple[str, object], ...] = ()  # the source's settings where ours are others
 
     def __post_init__(self):
-        if self.epochs < 1:
-            raise InputError(f"epochs must be at least 1, not {self.epochs}")
+        for name, (low, high) in LIMITS.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise InputError(f"{name} must be {limit}, not {value}")
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise InputError(
@@ -68,11 +83,13 @@ class Recipe:
                 )
         if self.per_image and self.sizes:
             raise InputError("sizes need whole batches; choose sizes=() or per_image=False")
-        if self.batch_size < 2:
-            raise InputError(f"batch_size must be at least 2, not {self.batch_size}")
-        for name in ("max_lr", "min_lr", "final_lr"):
-            if (rate := getattr(self, name)) is not None and not rate > 0:
-                raise InputError(f"{name} must be positive, not {rate}")
+        if not all(type(size) is int and size >= 8 for size in self.sizes):
+            raise InputError(f"sizes must be whole numbers from 8 on, not {self.sizes}")
+        for name in ("max_lr", "min_lr", "final_lr", "peak_epoch", "logit_scale", "gradient_clip"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise InputError(f"{name} must be positive, not {value}")
+        if self.logit_scale != 1 and self.optimizer != "sgd":
+            raise InputError("logit_scale needs optimizer=sgd; Adam's steps don't scale with it")
 
     def __str__(self):
         return ", ".join(

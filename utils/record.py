@@ -15,7 +15,7 @@ import torch
 from utils import InputError, data, plotting, train, training
 from utils.evaluate import check_classes, evaluate
 from utils.models import load_weights
-from utils.recipes import RECIPES, recipe
+from utils.recipes import ABOUT_THE_SOURCE, RECIPES, Recipe, recipe
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "images"
@@ -129,15 +129,19 @@ def read_metrics(out):
 def _differences(settings, expected):
     """Where a run's settings, a dict from JSON, are not those of a recipe: ["cutout=0", …].
 
-    How a run is trained (`loop`) and what its source claims do not count, nor what an older
-    version did not know.
+    How a run is trained (`loop`) and what its source claims do not count. What an older version
+    did not know has its default.
     """
-    expected = json.loads(json.dumps(dataclasses.asdict(expected)))
+    known = {**_plain(Recipe(settings["name"])), **settings}
     return [
-        f"{name}={_rounded(settings[name])}" for name, value in expected.items()
-        if name in settings and name not in ("loop", "claimed")
-        and _rounded(settings[name]) != _rounded(value)
+        f"{name}={_rounded(known[name])}" for name, value in _plain(expected).items()
+        if name not in ("loop", *ABOUT_THE_SOURCE) and _rounded(known[name]) != _rounded(value)
     ]
+
+
+def _plain(settings):
+    """A recipe as JSON has it: a dict, with lists in the place of tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def _rounded(value):
@@ -168,6 +172,7 @@ def record(name, outs, images, folder, *, weights=False, device):
         shutil.copyfile(figure, folder / figure.name)
     if len(runs) > 1:
         _draw_band(name, [out for _, out in runs], images, folder / "accuracy.png")
+    (folder / "weights.safetensors").unlink(missing_ok=True)  # of other runs
     if weights:
         model = load_weights(median / "weights.safetensors")
         training.save_weights(

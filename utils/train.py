@@ -154,10 +154,13 @@ def settings_of(args):
 
 
 def fitted(settings, args, images):
-    """The settings for an `ImageData`: the sample has a schedule of its own."""
-    return settings.scaled(
-        epochs=args.epochs or images.epochs, batch_size=args.batch_size or images.batch_size
-    )
+    """The settings for an `ImageData`: the sample has a schedule of its own, unless named."""
+    named = {assignment.partition("=")[0] for assignment in args.set}
+    own = {
+        name: getattr(images, name) for name in ("epochs", "batch_size")
+        if name not in named and getattr(args, name) is None
+    }
+    return settings.scaled(**own)
 
 
 def run(args, images=None):
@@ -319,7 +322,9 @@ def new_model(settings, images, *, seed=0):
         dirac_init(model)
     if settings.whiten:
         _, normalize = training.make_transforms(settings, images)
-        whiten_init(model, normalize(images.train_images[:5000]))
+        # from all over them: in a folder they are sorted by class
+        some = images.train_images[:: max(1, len(images.train_images) // 1000)][:1000]
+        whiten_init(model, normalize(some))
     return model.to(memory_format=torch.channels_last)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from torch.nn import functional as F
 
 from utils import InputError
@@ -72,21 +71,18 @@ def autocast(device, dtype):
 def make_optimizer(model, recipe):
     """The recipe's optimizer, at the rate where its schedule starts.
 
-    Parameters with a rate of their own are in groups of their own, with their "factor".
+    With `logit_scale` s the linear layer is in a group of its own, with the "factor" s² for its
+    rate. Under SGD, but for decay, this is training with the logits times s: for weights w·s the
+    gradient is s times as large, and a step of w moves the logits s times as far.
     """
     optimizers = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
     }
-    bn_biases = {m.bias for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     groups = {1.0: []}
     for name, parameter in model.named_parameters():
-        factor = 1.0
-        if name.startswith("fc."):
-            factor = recipe.logit_scale**2  # a step of w·s moves s·(w·s) by s² as much
-        elif parameter in bn_biases:
-            factor = recipe.bn_bias_rate
+        factor = recipe.logit_scale**2 if name.startswith("fc.") else 1.0
         groups.setdefault(factor, []).append(parameter)
     return optimizers[recipe.optimizer](
         [
@@ -337,7 +333,8 @@ def fit(
                  for epoch in range(len(history), recipe.epochs)}
         batches = {recipe.batch_size, images % recipe.batch_size} - {0}
         shapes = [(batch, 3, *size) for batch in batches for size in sizes]
-        history.warm_up_seconds = compile_model(model, shapes, dtype=dtype)
+        tested = {images.shape for images, _ in test_loader}
+        history.warm_up_seconds = compile_model(model, shapes, tested, dtype=dtype)
     with progress_bar(
         total=images * recipe.epochs, initial=images * len(history), unit=" images", smoothing=0.05
     ) as bar:
@@ -373,26 +370,30 @@ def fit(
     return history
 
 
-def compile_model(model, shapes, *, dtype=None):
-    """Has torch.compile make code for training on batches of `shapes`. Returns the seconds.
+def compile_model(model, trained, tested, *, dtype=None):
+    """Has torch.compile make code for batches of these shapes. Returns the seconds.
 
-    The model is left as it was. Raises InputError where there is no compiler.
+    `trained` and `tested`: shapes of batches, for training and for evaluation. The model is left
+    as it was. Raises InputError where there is no compiler.
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # as many versions as there are shapes; beyond its limit torch goes on without, silently
+    torch._dynamo.config.recompile_limit = max(8, len(trained) + len(tested))
     model.compile(dynamic=False)
-    model.train()
     try:
-        for shape in shapes:
+        for shape in trained:
             images = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
             with autocast(device, dtype):
-                logits = model(images)
+                logits = model.train()(images)
             logits.float().sum().backward()
+        for shape in tested:
+            predict(model, [(torch.zeros(shape), torch.zeros(shape[0]))], dtype=dtype)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"torch.compile fails here ({reason}); leave out --compile") from error
-    model.zero_grad()
+    model.train().zero_grad()
     model.load_state_dict(state)
     return time.perf_counter() - start
 
