@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import os
 import statistics
 import sys
 import tempfile
@@ -270,7 +269,7 @@ def measure(*, device, images=1024, batch_size=256, repeats=2, workers=None, com
     """Everything that the benchmark measures, as rows: what, unit, median, lowest, highest."""
     dtype = training.amp_dtype(device)
     if workers is None:
-        workers = min(os.cpu_count() or 1, 8)
+        workers = min(data.cores(), 8)
     noise_images = noise(images)
     rows = []
 

@@ -334,6 +334,13 @@ class EpochLoader(DataLoader):
         yield from super().__iter__()
 
 
+def cores():
+    """How many cores this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def make_loader(
     images, labels, transform, *, batch_size, shuffle=False, sampler=None, seed=0, workers=None,
     raw=False,
@@ -347,7 +354,7 @@ def make_loader(
     settings = {"batch_size": batch_size, "shuffle": shuffle, "sampler": sampler, "seed": seed}
     if hasattr(transform, "set_random_seed"):
         if workers is None:
-            workers = min(os.cpu_count() or 1, 8)
+            workers = min(cores(), 8)
         return EpochLoader(
             PerImageDataset(images, labels, transform), **settings,
             num_workers=workers, worker_init_fn=_seed_worker,
