@@ -1,22 +1,38 @@
 """The benchmark's counts against sums by hand, and that each ratio is that of its two rows."""
 
-import csv
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
-from utils import benchmark
+from conftest import CPU, Small
+from utils import devices, files, models
+from utils.maintenance import benchmark
 
-CPU = torch.device("cpu")
+
+def small(num_classes=10):
+    return Small(num_classes)
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return {
-        row["what"]: row
-        for row in benchmark.measure(device=CPU, images=12, batch_size=4, repeats=1, workers=0)
-    }
+def measured():
+    """Measured with a small network, and at a made-up rate of matrix products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "custom_resnet", Small)
+        patch.setattr(benchmark, "CustomResNet", small)
+        patch.setattr(benchmark, "matmul_rates", lambda *_: [4e9, 5e9, 7e9])
+        return benchmark.measure(device=CPU, images=8, batch_size=4, repeats=2)
+
+
+@pytest.fixture
+def table(measured):
+    return measured[0]
+
+
+@pytest.fixture
+def rows(table):
+    return table.set_index("what")
 
 
 def test_flop_of_the_network():
@@ -29,10 +45,13 @@ def test_flop_of_the_network():
     assert benchmark.training_flops() == 2 * (2 * prep + 3 * others)
 
 
-def test_rows_are_speeds_within_their_spread(rows):
-    assert all(0 < row["lowest"] <= row["median"] <= row["highest"] for row in rows.values())
-    units = [row["unit"] for row in rows.values()]
-    assert units.count("ms/image") == 8 and units.count("MiB") == 2 and units.count("times") == 4
+def test_rows_are_speeds_within_their_spread(table):
+    assert list(table) == ["what", "unit", "median", "lowest", "highest"]
+    assert table["what"].is_unique
+    assert (table["lowest"] > 0).all()
+    assert (table["lowest"] <= table["median"]).all()
+    assert (table["median"] <= table["highest"]).all()
+    assert table["unit"].value_counts()[["images/s", "times", "ms/image"]].to_list() == [5, 4, 8]
 
 
 @pytest.mark.parametrize("ratio, over, under", [
@@ -41,55 +60,77 @@ def test_rows_are_speeds_within_their_spread(rows):
     ("Lightning over our loop", benchmark.LIGHTNING, benchmark.OURS),
 ])
 def test_ratios_are_those_of_the_medians(rows, ratio, over, under):
-    assert rows[ratio]["median"] == rows[over]["median"] / rows[under]["median"]
+    over, under, ratio = rows.loc[over], rows.loc[under], rows.loc[ratio]
+    assert ratio["median"] == over["median"] / under["median"]
+    assert ratio["lowest"] == over["lowest"] / under["highest"]
+    assert ratio["highest"] == over["highest"] / under["lowest"]
 
 
-def test_share_of_the_matrix_product(rows):
-    (*_, limit) = [row for row in rows.values() if row["unit"] == "GFLOP/s"]
-    flops = rows[benchmark.OURS]["median"] * benchmark.training_flops()
-    share = rows["our training over the matrix product"]["median"]
-    assert share == pytest.approx(flops / (1e9 * limit["median"]), rel=1e-9)
+def test_share_of_the_matrix_product(rows, monkeypatch):
+    monkeypatch.setattr(benchmark, "CustomResNet", small)
+    flops = rows.loc[benchmark.OURS, "median"] * benchmark.training_flops()
+    share = rows.loc["our training over the matrix product", "median"]
+    assert share == pytest.approx(flops / 5e9, rel=1e-9)
+    assert rows.loc["matrix product, float32", "median"] == 5
 
 
-def test_memory_counts_weights_gradients_state_and_what_is_kept():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10, bias=False), nn.ReLU())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    images = torch.ones(4, 3, 32, 32)
-    # weights, gradients and momentum; the images, and the result of ReLU
-    assert benchmark.step_memory(model, optimizer, images) == 4 * (3 * 30720 + 4 * 3072 + 4 * 10)
+def test_rate_of_matrix_products(monkeypatch):
+    """Large ones, on a device that has no numbers, which are said to take 1, 2 and 4 seconds."""
+    timed = SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(times=[1, 2, 4]))
+    monkeypatch.setattr(benchmark, "Timer", lambda *_, **__: timed)
+    rates = benchmark.matmul_rates(torch.device("meta"), torch.float32)
+    assert rates == [2 * 8192**3, 8192**3, 8192**3 / 2]
+
+
+def test_phases_of_five_steps_after_the_first(monkeypatch):
+    """Each look at the clock takes a second."""
+    monkeypatch.setattr(benchmark.time, "perf_counter", itertools.count().__next__)
+    batches = 7 * [(torch.zeros(4, 3, 8, 8), torch.arange(4))]
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert benchmark.phases(batches, model, optimizer, device=CPU) == {
+        phase: 5 * [1000 / 4] for phase in ("input", "forward", "backward", "optimizer")
+    }
+
+
+def test_phases_of_the_picture_are_the_rows_of_the_table(measured, rows):
+    assert measured[1] == {
+        way: {
+            phase: rows.loc[f"training, {way}: {phase}", "median"]
+            for phase in ("input", "forward", "backward", "optimizer")
+        }
+        for way in ("plain", "ours")
+    }
 
 
 def test_plain_images_are_cropped_flipped_and_cut_out():
-    dataset = benchmark.PlainDataset(benchmark.noise(3))
-    image, label = dataset[2]
+    image, label = benchmark.PlainDataset(benchmark.noise(3))[2]
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and label == 2
-    assert ((image == 0).all(0)).sum() >= 64
+    assert (image == 0).all(0).sum() == 64
 
 
-def test_command_writes_table_and_figure(rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "measure", lambda **_: list(rows.values()))
-    table, figure = tmp_path / "speeds.csv", tmp_path / "time.png"
-    monkeypatch.setattr("sys.argv", ["benchmark", "--csv", str(table), "--figure", str(figure)])
-    benchmark.main()
-    with open(table, newline="", encoding="utf-8") as file:
-        written = list(csv.DictReader(file))
-    assert [row["what"] for row in written] == list(rows)
-    assert float(written[0]["median"]) == rows[written[0]["what"]]["median"]
-    assert figure.read_bytes().startswith(b"\x89PNG")
+def test_command_writes_table_and_figure(measured, table, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure", lambda **_: measured)
+    monkeypatch.setattr(benchmark.tables, "IMAGES", tmp_path)
+    tables = []
+    monkeypatch.setattr(benchmark.tables, "write", lambda: tables.append("README.md"))
+    benchmark.main(["--device", "cpu", "--record"])
+    written = files.read_table(tmp_path / "benchmark/speeds.csv")
+    assert written["device"].unique() == [
+        f"{devices.device_name(CPU)}, {devices.dtype_name(devices.amp_dtype(CPU))}"
+    ]
+    assert written.drop(columns="device").equals(table)
+    assert (tmp_path / "benchmark/time_by_phase.png").read_bytes().startswith(b"\x89PNG")
+    assert tables == ["README.md"]
     printed = capsys.readouterr().out
-    assert all(name in printed for name in rows)
-    shares = benchmark.phases_of(written)
-    assert list(shares) == ["plain", "ours"]
-    assert list(shares["ours"]) == ["input", "forward", "backward", "optimizer"]
+    assert all(name in printed for name in table["what"])
 
 
 @pytest.mark.parametrize("arguments, word", [
     (["--device", "nonsense"], "nonsense"), (["--images", "256"], "--images"),
     (["--repeats", "0"], "--repeats"),
 ])
-def test_refused_in_one_line(arguments, word, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+def test_refused(arguments, word, capsys):
     with pytest.raises(SystemExit) as caught:
-        benchmark.main()
-    assert caught.value.code.startswith("error: ") and word in caught.value.code
-    assert "\n" not in caught.value.code
+        benchmark.main(arguments)
+    assert word in f"{caught.value.code} {capsys.readouterr().err}"

@@ -1,4 +1,4 @@
-"""Sources of images, bad folders, splits, and loaders that depend on seed and epoch alone."""
+"""Sources of images, bad folders, statistics, and parts that are held out."""
 
 import dataclasses
 import hashlib
@@ -8,20 +8,19 @@ import os
 import pickle
 import tarfile
 import urllib.error
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
-from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import CIFAR10
 
+from conftest import tiny_images
 from utils import InputError, data
-from utils.transforms import BatchTransform, albumentations_pipeline, channel_statistics
-
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def assert_refused(word, call, *args, **settings):
@@ -32,6 +31,53 @@ def assert_refused(word, call, *args, **settings):
     assert str(word) in message
     assert "\n" not in message and len(message) > 20
     return message
+
+
+# Statistics
+
+
+@settings(deadline=None, max_examples=100)
+@given(arrays(np.uint8, array_shapes(min_dims=4, max_dims=4, max_side=5)))
+def test_statistics_are_those_of_all_pixels(images):
+    mean, std = data.channel_statistics(torch.from_numpy(images))
+    scaled = images.astype(np.float64) / 255
+    np.testing.assert_allclose(mean.numpy(), scaled.mean((0, 2, 3)), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(std.numpy(), scaled.std((0, 2, 3)), rtol=0, atol=1e-12)
+
+
+def test_statistics_of_skewed_channels():
+    generator = np.random.default_rng(0)
+    shape = (50, 32, 32)
+    channels = [
+        generator.integers(0, 256, shape),
+        255 * generator.beta(0.3, 4, shape),
+        250 + 5 * (generator.random(shape) < 0.01),
+    ]
+    images = np.stack(channels, axis=1).astype(np.uint8)
+    mean, std = data.channel_statistics(torch.from_numpy(images))
+    scaled = images.astype(np.float64) / 255
+    np.testing.assert_allclose(mean.numpy(), scaled.mean((0, 2, 3)), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(std.numpy(), scaled.std((0, 2, 3)), rtol=0, atol=1e-12)
+
+
+def test_deviation_is_not_the_mean_of_each_images_own():
+    """A black and a white image: neither has any deviation, together they have one half."""
+    images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 255)]).to(torch.uint8)
+    assert data.channel_statistics(images)[1].tolist() == [0.5] * 3
+
+
+def test_statistics_are_of_the_training_images_and_computed_once(monkeypatch):
+    asked, compute = [], data.channel_statistics
+    monkeypatch.setattr(
+        data, "channel_statistics", lambda images: asked.append(images) or compute(images)
+    )
+    images = tiny_images()
+    mean, std = images.statistics
+    assert images.statistics is images.statistics
+    assert len(asked) == 1 and asked[0] is images.train_images
+    pixels = images.train_images.double() / 255
+    torch.testing.assert_close(mean, pixels.mean((0, 2, 3)))
+    torch.testing.assert_close(std, pixels.std((0, 2, 3), correction=0))
 
 
 # The built-in sample
@@ -183,9 +229,36 @@ def test_picture_with_a_broken_header(folder):
     assert_refused(path, data.load, str(folder))
 
 
-def test_first_picture_broken(folder):
-    (folder / "train/cat/0.png").write_bytes(b"")
-    assert_refused(folder / "train/cat/0.png", data.load, str(folder))
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """2,002 pictures which are large, so that reading them takes a while, but their files small."""
+    root = tmp_path_factory.mktemp("many")
+    write(root / "train/ape/0.png", np.zeros((300, 300, 3), np.uint8))
+    content = (root / "train/ape/0.png").read_bytes()
+    for name in [f"train/bee/{i:04}" for i in range(2000)] + ["test/ape/0", "test/bee/0"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / f"{name}.png").write_bytes(content)
+    return root
+
+
+@pytest.mark.parametrize("damage", ["broken", "another size"])
+def test_after_a_bad_first_picture_the_others_are_not_read(many, monkeypatch, damage):
+    """As in a terminal: a bar that is not shown would tell the threads by itself to stop."""
+    monkeypatch.setattr(data, "progress_bar", partial(data.progress_bar, disable=False))
+    first = many / "train/ape/0.png"
+    good = first.read_bytes()
+    read, original = [], data._read_picture
+    monkeypatch.setattr(data, "_read_picture", lambda name: read.append(name) or original(name))
+    try:
+        if damage == "broken":
+            first.write_bytes(b"")
+            assert_refused(first, data.load, str(many))
+        else:
+            write(first, picture(0))
+            assert_refused("36×40", data.load, str(many))
+    finally:
+        first.write_bytes(good)
+    assert len(read) < 1000
 
 
 @pytest.mark.parametrize("name", ["train/emu/1.png", "test/cat/a.png"])
@@ -193,6 +266,26 @@ def test_pictures_of_different_sizes(folder, name):
     write(folder / name, picture(0, height=36, width=40))
     message = assert_refused(folder / name, data.load, str(folder))
     assert "40×36" in message and "36×40" in message
+
+
+def test_training_pictures_can_be_left_unread(folder):
+    images, whole = data.load(str(folder), train=False), data.load(str(folder))
+    assert images.train_images.shape == (0, 3, 40, 36) and images.train_labels.shape == (0,)
+    assert images.train_labels.dtype == torch.int64 and "40×36" in str(images)
+    assert torch.equal(images.test_images, whole.test_images)
+    assert torch.equal(images.test_labels, whole.test_labels)
+
+
+def test_folder_of_a_single_class(folder):
+    for split in ("train", "test"):
+        for name in ("emu", "yak"):
+            (folder / split / name).rename(folder / f"{split}-{name}")
+    assert_refused("at least two", data.load, str(folder))
+
+
+def test_folder_we_are_in_is_called_by_its_name(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert data.load(".").name == data.load("../animals").name == "the folder animals"
 
 
 # CIFAR-10
@@ -265,11 +358,10 @@ def test_cifar10_is_downloaded_once(archive, serve, tmp_path):
     assert images.train_labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
     assert images.test_labels.tolist() == [5, 4]
     assert images.fingerprint == again.fingerprint
-    assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.base_folder]
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])
-def test_damaged_cifar10_is_downloaded_again(archive, serve, tmp_path, damage):
+def test_damaged_cifar10_is_mended(archive, serve, tmp_path, damage):
     content, pixels = archive
     serve([content])
     data.load("cifar10", root=tmp_path)
@@ -289,15 +381,18 @@ def test_damaged_cifar10_is_downloaded_again(archive, serve, tmp_path, damage):
         (urllib.error.HTTPError("http://x", 503, "unavailable", None, None), "503"),
         ([b"x" * 1000, http.client.IncompleteRead(b"")], "IncompleteRead"),
         ([b"x" * 1000, ConnectionResetError("reset")], "reset"),
-        ([b"not the archive"], "checksum"),
+        ([b"not the archive"], "corrupted"),
     ],
     ids=["no network", "timeout", "server error", "cut off", "reset", "other content"],
 )
-def test_failed_download_leaves_nothing_behind(serve, tmp_path, answer, word):
+def test_failed_download_is_reported_and_does_not_hinder_the_next(
+    archive, serve, tmp_path, answer, word
+):
     serve(answer)
     message = assert_refused(word, data.load, "cifar10", root=tmp_path / "data")
     assert "--data" in message
-    assert list(tmp_path.rglob("*")) == []
+    serve([archive[0]])
+    assert torch.equal(data.load("cifar10", root=tmp_path / "data").test_images, archive[1][10:])
 
 
 @pytest.mark.skipif(
@@ -307,7 +402,7 @@ def test_failed_download_leaves_nothing_behind(serve, tmp_path, answer, word):
 def test_statistics_of_cifar10():
     images = data.load(os.environ["CIFAR10_DIR"])
     assert len(images.train_images) == 50_000 and len(images.test_images) == 10_000
-    mean, std = channel_statistics(images.train_images)
+    mean, std = images.statistics
     assert [round(value, 4) for value in mean.tolist()] == [0.4914, 0.4822, 0.4465]
     assert [round(value, 4) for value in std.tolist()] == [0.2470, 0.2435, 0.2616]
 
@@ -352,116 +447,3 @@ def test_hold_out_keeps_the_test_images_out(sample):
     assert torch.equal(held.test_labels, sample.train_labels[validation])
     assert "held-out" in held.name and held.fingerprint != sample.fingerprint
     assert (held.epochs, held.batch_size) == (sample.epochs, sample.batch_size)
-
-
-# Loaders
-
-
-def in_batches(**options):
-    return BatchTransform(**PLAIN, **options)
-
-
-def one_by_one(**options):
-    return albumentations_pipeline(**PLAIN, size=(12, 12), cutout=4, **options)
-
-
-@pytest.fixture(params=[in_batches, one_by_one])
-def transform(request):
-    return request.param
-
-
-def numbered(count):
-    """Images whose every pixel is the image's number, and the numbers as labels."""
-    labels = torch.arange(count)
-    return labels.to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 12, 12), labels
-
-
-def repeated(count, side=12):
-    """The same picture over and over: only the draws tell its copies apart."""
-    codes = torch.arange(3 * side * side).fmod(251).to(torch.uint8).view(1, 3, side, side)
-    return codes.repeat(count, 1, 1, 1), torch.arange(count)
-
-
-def epoch(loader, number):
-    """All of an epoch: images, labels."""
-    loader.set_epoch(number)
-    images, labels = zip(*loader, strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
-def test_every_image_once_with_its_label_and_a_short_last_batch(transform):
-    loader = data.make_loader(
-        *numbered(23), transform(augment=False), batch_size=5, shuffle=True, workers=0
-    )
-    assert len(loader) == 5 and len(loader.dataset) == 23
-    batches = list(loader)
-    assert [len(labels) for _, labels in batches] == [5, 5, 5, 5, 3]
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert images.dtype == torch.float32 and images.shape == (23, 3, 12, 12)
-    assert labels.dtype == torch.int64
-    assert sorted(labels.tolist()) == list(range(23)) != labels.tolist()
-    numbers = (images * 255).round()
-    assert (numbers == labels.view(-1, 1, 1, 1)).all()
-
-
-def test_without_shuffling_the_order_is_kept(transform):
-    loader = data.make_loader(*numbered(23), transform(augment=False), batch_size=5, workers=0)
-    assert epoch(loader, 3)[1].tolist() == list(range(23))
-
-
-def test_epoch_depends_on_seed_and_number_only(transform):
-    settings = {"batch_size": 8, "shuffle": True, "workers": 0}
-    first = data.make_loader(*repeated(20), transform(), seed=5, **settings)
-    epochs = [epoch(first, number) for number in range(4)]
-    torch.manual_seed(99)
-    np.random.seed(99)
-    second = data.make_loader(*repeated(20), transform(), seed=5, **settings)
-    images, labels = epoch(second, 3)
-    assert torch.equal(images, epochs[3][0]) and torch.equal(labels, epochs[3][1])
-    other = epoch(data.make_loader(*repeated(20), transform(), seed=6, **settings), 3)
-    for images, labels in [*epochs[:3], other]:
-        assert not torch.equal(images, epochs[3][0]), "the same draws"
-        assert not torch.equal(labels, epochs[3][1]), "the same order"
-
-
-def test_epoch_cut_off_leaves_no_trace(transform):
-    """A run that broke off in mid-epoch sees that epoch again as it was."""
-    settings = {"batch_size": 4, "shuffle": True, "workers": 0}
-    loader = data.make_loader(*repeated(20), transform(), **settings)
-    whole = epoch(loader, 1)
-    loader.set_epoch(1)
-    next(iter(loader))
-    again = epoch(loader, 1)
-    assert torch.equal(whole[0], again[0]) and torch.equal(whole[1], again[1])
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
-def test_worker_processes_draw_apart_and_are_seeded():
-    """Albumentations by itself repeats its draws in each worker and in each epoch."""
-    def make(seed):
-        return data.make_loader(
-            *repeated(32, side=32), albumentations_pipeline(**PLAIN),
-            batch_size=8, shuffle=True, seed=seed, workers=2,
-        )
-
-    loader = make(0)
-    first, second = epoch(loader, 0), epoch(loader, 1)
-    batches = first[0].split(8)  # worker 0 makes batches 0 and 2, worker 1 makes 1 and 3
-    assert len({image.numpy().tobytes() for image in torch.cat([*first, *second][::2])}) >= 63
-    assert not torch.equal(batches[0], batches[1])
-    resumed = epoch(make(0), 1)
-    assert torch.equal(resumed[0], second[0]) and torch.equal(resumed[1], second[1])
-    assert not torch.equal(epoch(make(1), 1)[0], second[0])
-
-
-def test_whole_batches_work_with_a_distributed_sampler():
-    dataset = data.BatchDataset(*numbered(20), in_batches(augment=False))
-    seen = []
-    for rank in range(2):
-        sampler = DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=True)
-        for images, labels in DataLoader(
-            dataset, batch_size=4, sampler=sampler, collate_fn=lambda batch: batch
-        ):
-            assert ((images * 255).round() == labels.view(-1, 1, 1, 1)).all()
-            seen += labels.tolist()
-    assert sorted(seen) == list(range(20))

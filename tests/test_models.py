@@ -1,18 +1,27 @@
-"""Both networks: their parameters, their shapes, their order of layers and their residuals."""
+"""Both networks: parameters, shapes, layers and residuals; first weights and those of a file."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils import InputError
+from conftest import Small, assert_same_state, tiny_images
+from utils import InputError, files, models
 from utils.models import (
+    MODELS,
     CustomResNet,
     ResidualLayer,
     ResNet9,
+    build,
     dirac_init,
-    make_model,
+    load_weights,
     whiten_init,
 )
+from utils.recipes import Recipe
+from utils.transforms import Normalization
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +35,7 @@ def model():
     ("resnet9", True, 6_575_370), ("resnet9", False, 6_575_360),
 ])
 def test_parameter_count(name, fc_bias, count):
-    parameters = make_model(name, fc_bias=fc_bias).parameters()
+    parameters = MODELS[name](fc_bias=fc_bias).parameters()
     assert sum(p.numel() for p in parameters if p.requires_grad) == count
 
 
@@ -142,9 +151,7 @@ def test_resnet9_adds_each_residual_and_pools_what_is_left():
     torch.testing.assert_close(model(images), model.fc(x.amax((2, 3))))
 
 
-def test_unknown_model_lists_the_names():
-    with pytest.raises(InputError, match="^unknown model 'resnet'; .* custom_resnet, resnet9$"):
-        make_model("resnet")
+# First weights
 
 
 def test_dirac_init_passes_the_input_on():
@@ -171,3 +178,131 @@ def test_whiten_init_makes_the_outputs_uncorrelated():
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
     torch.testing.assert_close(outputs[27:54], -outputs[:27])
     assert torch.equal(model.prep[0].weight[54:], random)
+
+
+SMALL = Recipe(name="small")
+
+
+def test_network_is_that_of_the_recipe_and_the_data():
+    model = build(SMALL.replace(model="resnet9", fc_bias=False), tiny_images())
+    assert type(model) is ResNet9 and model.fc.weight.shape == (3, 512) and model.fc.bias is None
+    assert model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_first_weights_depend_on_the_seed_alone(small_network):
+    first = build(SMALL, tiny_images(), seed=3)
+    torch.manual_seed(99)
+    assert_same_state(first, build(SMALL, tiny_images(), seed=3))
+    assert not torch.equal(first.fc.weight, build(SMALL, tiny_images(), seed=4).fc.weight)
+
+
+def test_logit_scale_is_a_factor_of_the_linear_layer(small_network):
+    plain = build(SMALL, tiny_images())
+    scaled = build(SMALL.replace(optimizer="sgd", logit_scale=0.125), tiny_images())
+    assert torch.equal(scaled.fc.weight, plain.fc.weight / 8)
+    assert torch.equal(scaled.prep[0].weight, plain.prep[0].weight)
+
+
+def test_convolutions_of_a_recipe_with_dirac_pass_their_input_on():
+    x = torch.randn(2, 64, 8, 8)
+    outputs = build(SMALL.replace(dirac=True), tiny_images()).layer1.conv[0](x)
+    torch.testing.assert_close(outputs[:, :64], x)
+
+
+def test_whitening_is_by_normalised_images_from_all_over_the_data(small_network):
+    """They are sorted by class: those of the first are black here."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3000, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    images[:2000] = 0
+    images = replace(tiny_images(), train_images=images, train_labels=torch.zeros(3000).long())
+    model = build(SMALL.replace(whiten=True), images)
+    inputs = Normalization(*images.statistics)(images.train_images)
+    outputs = nn.functional.conv2d(inputs, model.prep[0].weight).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs.cov(), torch.eye(4), rtol=0, atol=0.1)
+
+
+# Weights of a file
+
+
+METADATA = {
+    "recipe": "s10", "seed": 3, "model": "custom_resnet", "fc_bias": True,
+    "classes": ["blue", "green", "red"],
+    "mean": [0.5, 0.25, 0.125], "std": [0.1, 0.2, 0.30000000000000004], "data": "0123",
+}
+
+
+@pytest.fixture
+def weights(tmp_path, small_network):
+    """A file of untrained weights, and its network."""
+    torch.manual_seed(0)
+    model = Small(3)
+    files.save_weights(model, tmp_path / "weights", metadata=METADATA)
+    return tmp_path / "weights", model
+
+
+def test_file_is_the_network(weights):
+    path, model = weights
+    loaded = load_weights(path)
+    assert type(loaded) is Small and not loaded.training
+    assert loaded.prep[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert_same_state(loaded, model)
+    assert loaded.classes == ("blue", "green", "red")
+    assert (loaded.mean, loaded.std) == ((0.5, 0.25, 0.125), (0.1, 0.2, 0.30000000000000004))
+    assert loaded.metadata == METADATA
+
+
+def test_half_precision_is_loaded_as_float32(weights):
+    path, model = weights
+    files.save_weights(model, path, metadata=METADATA, dtype=torch.float16)
+    loaded = load_weights(path)
+    assert loaded.fc.weight.dtype == torch.float32
+    assert_same_state(loaded, model.half().float())
+
+
+def test_file_without_a_bias(weights):
+    path, _ = weights
+    model = Small(3, fc_bias=False)
+    files.save_weights(model, path, metadata={**METADATA, "fc_bias": False})
+    assert_same_state(load_weights(path), model)
+
+
+def test_shipped_weights_are_the_default(weights, monkeypatch):
+    monkeypatch.setattr(models, "SHIPPED_WEIGHTS", weights[0])
+    assert load_weights().metadata == METADATA
+
+
+def test_no_shipped_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHIPPED_WEIGHTS", tmp_path / "none")
+    with pytest.raises(InputError, match=r"^no trained weights .* utils\.train wrote$"):
+        load_weights()
+
+
+@pytest.mark.parametrize("changes", [
+    {"classes": None}, {"mean": None}, {"std": [1, 2]}, {"mean": 0.5}, {"classes": "blue"},
+    {"classes": ["blue", "red"]}, {"fc_bias": False}, {"model": "another"},
+], ids=str)
+def test_file_of_something_else(weights, changes):
+    path, model = weights
+    files.save_weights(model, path, metadata={**METADATA, **changes})
+    with pytest.raises(InputError, match="weights does not hold a network of ours[^\n]*$"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("tensors", [
+    {}, {"weight": torch.zeros(2)}, {"fc.bias": torch.zeros(4)}, {"prep.0.weight": None},
+], ids=["none", "one more", "another shape", "one less"])
+def test_other_tensors(weights, tensors):
+    path, _ = weights
+    tensors = {**load_file(path), **tensors} if tensors else {}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, path, {"run": json.dumps(METADATA)})
+    with pytest.raises(InputError, match="weights does not hold a network of ours[^\n]*$"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("about", [None, {"run": "blue"}, {"run": "[]"}], ids=str)
+def test_file_that_does_not_tell_of_its_run(weights, about):
+    path, _ = weights
+    save_file(load_file(path), path, about)
+    with pytest.raises(InputError, match="weights (does not hold|is damaged)[^\n]*$"):
+        load_weights(path)

@@ -1,10 +1,15 @@
 """How the notebooks are stored: readable on GitHub, run in order, free of noise."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+
+from utils.recipes import recipe
 
 NOTEBOOKS = sorted(Path(__file__).parents[1].glob("*.ipynb"))
 
@@ -55,10 +60,35 @@ def test_outputs_are_compared_unless_a_run_or_a_picture_decides_them(notebook):
     for cell in code_cells(notebook):
         if "nbval-ignore-output" in cell.metadata.get("tags", []):
             drawn = any("image/png" in output.get("data", {}) for output in cell.outputs)
-            words = r"fit|history|last|errors|suggestion|begin|metrics|phases"
+            words = r"fit|history|last|results|suggestion|begin|metrics|phases"
             reports = re.search(words, cell.source)
             assert drawn or reports, cell.source
 
 
 def test_smallest_picture_files_that_serve(notebook):
     assert len(nbformat.writes(notebook)) < 4_000_000  # GitHub shows nothing above about 10 MB
+
+
+def test_stored_recipe_is_the_one_that_there_is(notebook):
+    """Of as many epochs as the stored run had."""
+    (cell,) = [cell for cell in code_cells(notebook) if "notebook.begin(" in cell.source]
+    (name,) = re.findall(r'notebook\.begin\("(\w+)"\)', cell.source)
+    text = "".join(output.text for output in cell.outputs)
+    (stored,) = re.findall(r"^recipe +(.*(?:\n +.*)*)", text, re.MULTILINE)
+    stored = " ".join(stored.split())
+    epochs = re.search(r"\bepochs (\d+)", stored)
+    assert stored == str(recipe(name).scaled(epochs=epochs and int(epochs[1])))
+
+
+def test_samples_folder_vanishes_with_the_process():
+    script = """
+from utils import notebook
+folder = notebook.begin("s10")[-1]
+(folder / "checkpoint.pt").write_text("")
+print(folder)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=NOTEBOOKS[0].parent, capture_output=True, text=True,
+        env={**os.environ, "COURSE_DATA": "sample"}, timeout=120, check=True,
+    )
+    assert not Path(process.stdout.strip()).exists() and process.stdout.strip()

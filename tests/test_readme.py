@@ -1,43 +1,69 @@
-"""The README's figures come from files, and its commands are the ones that are tested."""
+"""The README's figures come from files, and its commands are the ones that there are."""
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
-from utils import record
+from utils import files, run
+from utils.maintenance import tables
 from utils.recipes import RECIPES
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RUNS = sorted((ROOT / "images").glob("*/runs.csv"))
+ROOT = tables.ROOT
+README = tables.README.read_text(encoding="utf-8")
+RUNS = sorted(tables.IMAGES.glob("*/runs.csv"))
+CODE = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", README, re.DOTALL | re.MULTILINE))
+COMMANDS = re.findall(r"-m (utils\b[^`\n]*)", CODE.replace("\\\n", ""))
 
 
 def test_tables_are_those_of_the_files():
-    assert record.with_tables(README) == README
+    assert tables.with_tables(README) == README
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
 def test_histories_end_as_the_runs(path):
     assert path.parent.name in RECIPES
-    histories = set(path.parent.glob("history_seed*.csv"))
-    for run in record.read_csv(path):
-        assert run["recipe"] == path.parent.name
-        history = path.with_name(f"history_seed{run['seed']}.csv")
-        histories.remove(history)
-        rows = record.read_csv(history)
-        assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(int(run["epochs"]))]
+    runs = files.read_table(path)
+    assert set(runs["recipe"]) == {path.parent.name}
+    histories = {
+        seed: files.read_table(path.with_name(f"history_seed{seed}.csv")) for seed in runs["seed"]
+    }
+    assert len(histories) == len(runs) == len(list(path.parent.glob("history_seed*.csv")))
+    for one in runs.to_dict("records"):
+        history = histories[one["seed"]]
+        assert list(history["epoch"]) == list(range(1, one["epochs"] + 1))
         for name in ("train_acc", "train_loss", "test_acc", "test_loss"):
-            assert rows[-1][name] == run[name]
-    assert not histories
+            assert history[name].iloc[-1] == one[name]
 
 
-def test_continuous_integration_runs_the_test_command():
-    command = "pip install -r requirements.txt && pytest --nbval"
-    assert command in README
-    assert command in (ROOT / ".ci/run").read_text().replace("-q ", "")
+def test_continuous_integration_runs_the_two_commands():
+    section = README.partition("## Two commands\n")[2].partition("\n## ")[0]
+    first, second = re.findall(r"^```bash\n(.*)\n```", section, re.MULTILINE)
+    steps = {*first.split(" && "), *second.split(" && ")}
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8").replace("install -q", "install")
+    assert steps <= set(re.split(r"\n| && ", script))
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    assert steps <= set(re.findall(r"- run: (.*)", workflow))
 
 
-def test_links_lead_somewhere():
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert targets and not [t for t in targets if not (ROOT / t).exists()]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, *given = shlex.split(command)
+    module = importlib.import_module(name)
+    if not hasattr(module, "Arguments"):
+        assert not given
+    elif "--help" not in given:
+        arguments = tyro.cli(module.Arguments, args=given)
+        if isinstance(arguments, run.Options):
+            run.output_folder(arguments.chosen(), arguments)
+
+
+def test_files_that_it_names():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    names = re.findall(r"`((?:utils|tests)/[\w./]*)`", README)
+    assert links and names
+    assert not [name for name in links + names if not Path(ROOT, name).exists()]

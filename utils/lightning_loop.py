@@ -1,16 +1,16 @@
 """The training of `training.fit` under PyTorch Lightning: logs, checkpoints, several processes.
 
-Model, loss, optimizer, schedule, transforms and data are the plain loop's. With one process in
+Model, loss, optimizer, schedule, transforms and batches are the plain loop's. With one process in
 float32 on a CPU both loops end with the same weights, bit for bit.
 """
 
-import csv
 import logging
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -18,28 +18,25 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
-from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassConfusionMatrix
 
-from utils import InputError, training
-from utils.data import make_loader
-from utils.progress import progress_bar
-from utils.schedule import one_cycle
+from utils import InputError, files, training
+from utils.batches import evaluation_batches, training_batches
+from utils.devices import dtype_name, synchronize
+from utils.optimization import make_optimizer, one_cycle
+from utils.progress import epoch_bar
 
 for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and the obvious
     logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
 
-CHECKPOINT = "last.ckpt"
-PRECISIONS = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+CHECKPOINT = files.CHECKPOINTS["lightning"]
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
 class ImageDataModule(LightningDataModule):
-    """An `ImageData` as batches of uint8, which are augmented on the device that trains.
+    """The batches of an `ImageData`, made on the device that trains.
 
     The recipe's batch is shared by all processes. Each of them has images and draws of its own.
     """
@@ -47,46 +44,29 @@ class ImageDataModule(LightningDataModule):
     def __init__(self, recipe, images, *, seed=0):
         super().__init__()
         self.recipe, self.images, self.seed = recipe, images, seed
-        self.augment, self.normalize = training.make_transforms(recipe, images)
-        self.evaluated = {"test": (images.test_images, images.test_labels)}
+        self.evaluated = {"test": "test"}  # {name in the log: part of the data}
         if images.validation_images is not None:
-            self.evaluated["val"] = images.validation_images, images.validation_labels
+            self.evaluated["val"] = "validation"
+
+    def place(self):
+        """Which device, and which of how many processes, this one is."""
+        strategy = self.trainer.strategy
+        return {
+            "device": strategy.root_device, "rank": self.trainer.global_rank,
+            "processes": self.trainer.world_size,
+        }
 
     def train_dataloader(self):
-        images, labels = self.images.train_images, self.images.train_labels
-        rank, processes = self.trainer.global_rank, self.trainer.world_size
-        batch_size, rest = divmod(self.recipe.batch_size, processes)
-        if rest or batch_size < 2:
-            raise InputError(
-                f"{processes} processes can't share a batch of {self.recipe.batch_size} evenly; "
-                f"choose a --batch-size that is a multiple of {processes}"
-            )
-        sampler = None
-        if processes > 1:
-            sampler = DistributedSampler(labels, processes, rank, seed=self.seed)
-        return make_loader(
-            images, labels, self.augment, raw=True, batch_size=batch_size,
-            shuffle=sampler is None, sampler=sampler,
-            seed=self.seed + (rank << 32),  # each process has draws of its own
-        )
+        return training_batches(self.recipe, self.images, seed=self.seed, **self.place())
 
     def val_dataloader(self):
         """Of the test images, which are watched but decide nothing, and of the validation images.
 
-        Each process takes every n-th image. A DistributedSampler would repeat some of them, to
-        give all processes as many, and they would count twice.
+        A DistributedSampler would repeat some of them, to give all processes as many, and they
+        would count twice.
         """
-        share = slice(self.trainer.global_rank, None, self.trainer.world_size)
-        return [
-            make_loader(images[share], labels[share], self.normalize, raw=True, batch_size=1000)
-            for images, labels in self.evaluated.values()
-        ]
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        images, labels = batch
-        if images.dtype == torch.uint8:  # albumentations' images come ready
-            images = (self.augment if self.trainer.training else self.normalize)(images)
-        return images.to(memory_format=torch.channels_last), labels
+        splits = self.evaluated.values()
+        return [evaluation_batches(self.images, split, **self.place()) for split in splits]
 
 
 class Classifier(LightningModule):
@@ -95,21 +75,15 @@ class Classifier(LightningModule):
     `identity`, a dict of plain values, goes into the checkpoints. Accuracies are in percent.
     """
 
-    def __init__(self, model, recipe, num_classes, *, identity=None):
+    def __init__(self, model, recipe, *, identity=None):
         super().__init__()
-        self.model, self.recipe = model, recipe
-        self.identity = {"recipe": recipe.identity(), **(identity or {})}
-        self.train_loss, self.train_acc = _mean(), _mean()
-        self.loss = nn.ModuleDict({"test": _mean(), "val": _mean()})
-        self.confusion = nn.ModuleDict({
-            name: MulticlassConfusionMatrix(num_classes, validate_args=False)
-            for name in ("test", "val")
-        })
+        self.model, self.recipe, self.identity = model, recipe, identity or {}
 
     def configure_optimizers(self):
-        optimizer = training.make_optimizer(self.model, self.recipe)
+        dtype = torch.float16 if self.trainer.precision == PRECISIONS["float16"] else None
+        optimizer = make_optimizer(self.model, self.recipe, dtype=dtype)
         steps = self.trainer.estimated_stepping_batches
-        schedule = one_cycle(optimizer, total_steps=steps, **self.recipe.rates())
+        schedule = one_cycle(optimizer, self.recipe, total_steps=steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "name": "lr"}]
 
     def on_train_epoch_start(self):
@@ -117,15 +91,9 @@ class Classifier(LightningModule):
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
-        loss, correct = training.loss_and_correct(
-            self.model, images, labels, label_smoothing=self.recipe.label_smoothing
-        )
-        self.train_loss.update(loss.detach().expand(len(labels)))  # counts once an image
-        self.train_acc.update((100 * correct / len(labels)).expand(len(labels)))
-        self.log_dict(
-            {"train_loss": self.train_loss, "train_acc": self.train_acc},
-            on_step=False, on_epoch=True,
-        )
+        images = images.to(memory_format=torch.channels_last)
+        loss, correct = training.loss_and_correct(self.model, images, labels, self.recipe)
+        self.log_means("train", loss.detach(), correct, len(labels))
         return loss
 
     def on_validation_start(self):
@@ -134,83 +102,66 @@ class Classifier(LightningModule):
         for buffer in self.model.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))
-        for metric in (*self.loss.values(), *self.confusion.values()):
-            metric.reset()
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         images, labels = batch
-        logits = self.model(images).float()
+        logits = self.model(images.to(memory_format=torch.channels_last)).float()
+        correct = (logits.argmax(1) == labels).sum()
         name = list(self.trainer.datamodule.evaluated)[dataloader_idx]
-        self.loss[name].update(F.cross_entropy(logits, labels, reduction="none"))
-        self.confusion[name].update(logits, labels)
+        self.log_means(name, F.cross_entropy(logits, labels), correct, len(labels))
 
-    def on_validation_epoch_end(self):
-        for name in self.trainer.datamodule.evaluated:
-            matrix = self.confusion[name].compute()  # summed over all processes
-            self.log_dict({
-                f"{name}_loss": self.loss[name].compute(),
-                f"{name}_acc": 100 * matrix.trace() / matrix.sum(),
-            })
+    def log_means(self, name, loss, correct, count):
+        """Logs a batch's mean loss and its accuracy, to be averaged over the epoch's images."""
+        self.log_dict(
+            {f"{name}_loss": loss, f"{name}_acc": 100 * correct / count}, on_step=False,
+            on_epoch=True, sync_dist=True, add_dataloader_idx=False,
+            batch_size=float(count),  # the mean over processes of whole numbers is rounded down
+        )
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["identity"] = self.identity
 
 
-def _mean():
-    # Its search for NaN would wait for the device in every step. Without the search
-    # torchmetrics 1.9 ignores `weight`, so a batch's mean goes in once for each image.
-    return MeanMetric(nan_strategy="disable")
-
-
 class EpochTable(Callback):
-    """Keeps the `History`, prints its lines as soon as they are known, and shows a progress bar."""
+    """Keeps the history, prints its lines as soon as they are known, and shows a progress bar."""
 
     def __init__(self):
-        self.history = training.History()
-        self.bar = None  # of the first process alone
+        self.history = []
+        self.bar = None
 
     def state_dict(self):
-        return {"history": list(self.history)}
+        return {"history": self.history}
 
     def load_state_dict(self, state):
-        self.history = training.History(state["history"])
+        self.history = state["history"]
 
     def on_fit_start(self, trainer, module):
         self.images = len(trainer.datamodule.images.train_images)
-        if trainer.is_global_zero:
-            self.bar = progress_bar(
-                total=self.images * trainer.max_epochs, initial=self.images * len(self.history),
-                unit=" images", smoothing=0.05,
-            )
-            self.bar.write(str(self.history))
+        hidden = {} if trainer.is_global_zero else {"disable": True}
+        self.bar = epoch_bar(self.images, trainer.max_epochs, done=len(self.history), **hidden)
+        self.bar.write(training.table(self.history))
 
     def on_train_epoch_start(self, trainer, module):
         self.start = time.perf_counter()
-        if self.bar is not None:
-            self.bar.set_description(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+        self.bar.set_description(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.is_last_batch and module.device.type != "cpu":
-            torch.accelerator.synchronize(module.device)
+        if trainer.is_last_batch:
+            synchronize(module.device)
         self.seconds = time.perf_counter() - self.start
-        if self.bar is not None:
-            self.bar.update(len(batch[1]) * trainer.world_size)
+        self.bar.update(len(batch[1]) * trainer.world_size)
 
     def on_train_epoch_end(self, trainer, module):
-        images_per_s = self.images / self.seconds
-        module.log("images_per_s", images_per_s)
-        names = ("train_loss", "train_acc", "test_loss", "test_acc")
-        self.history.append({
-            "epoch": trainer.current_epoch + 1, "lr": self.rate,
-            **{name: trainer.callback_metrics[name].item() for name in names},
-            "images_per_s": images_per_s, "seconds": self.seconds,
-        })
-        training.assert_finite(self.history[-1]["train_loss"] + self.history[-1]["test_loss"])
-        if self.bar is not None:
-            self.bar.write(self.history.line(-1))
+        known = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        self.history.append(training.history_row(
+            trainer.current_epoch + 1, lr=self.rate, images=self.images, seconds=self.seconds,
+            **{name: (known[f"{name}_loss"], known[f"{name}_acc"]) for name in ("train", "test")},
+        ))
+        module.log("images_per_s", self.history[-1]["images_per_s"])
+        self.bar.write(training.ROW.format(**self.history[-1]))
 
     def on_train_end(self, trainer, module):
         if self.bar is not None:
@@ -228,7 +179,7 @@ class WholeFileIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        with training.whole_file(path) as part:
+        with files.whole_file(path) as part:
             torch.save(checkpoint, part)
 
 
@@ -241,15 +192,16 @@ def make_trainer(
     well, best.ckpt; the test images are never asked. Raises InputError for settings that
     Lightning refuses.
     """
-    out = Path(out)
-    files = {"dirpath": out, "enable_version_counter": False, "save_on_train_epoch_end": True}
+    if device.type == "cpu" and dtype == torch.float16:
+        raise InputError("Lightning has no float16 on CPUs; choose another --precision")
+    keep = {"dirpath": out, "enable_version_counter": False, "save_on_train_epoch_end": True}
     callbacks = [
         EpochTable(),
         LearningRateMonitor("step"),
-        ModelCheckpoint(filename=Path(CHECKPOINT).stem, **files),
+        ModelCheckpoint(filename=Path(CHECKPOINT).stem, **keep),
     ]
     if validation:
-        callbacks.append(ModelCheckpoint(filename="best", monitor="val_acc", mode="max", **files))
+        callbacks.append(ModelCheckpoint(filename="best", monitor="val_acc", mode="max", **keep))
     try:
         return Trainer(
             max_epochs=recipe.epochs,
@@ -257,7 +209,7 @@ def make_trainer(
             devices=[device.index] if devices == 1 and device.index is not None else devices,
             num_nodes=num_nodes,
             strategy=strategy,
-            precision=PRECISIONS[dtype],
+            precision=PRECISIONS[dtype_name(dtype)],
             sync_batchnorm=device.type == "cuda",  # does nothing in a single process
             gradient_clip_val=recipe.gradient_clip,
             gradient_clip_algorithm="value",
@@ -278,8 +230,8 @@ def make_trainer(
         raise InputError(f"Lightning: {' '.join(str(error).split())}") from error
 
 
-def fit(trainer, module, images, *, resume=False):
-    """Trains `module` on an `ImageDataModule`. Returns the `History`.
+def fit_trainer(trainer, module, images, *, resume=False):
+    """Trains `module` on an `ImageDataModule`. Returns the history, a list.
 
     With `resume` a run that was cut off goes on after its last whole epoch. Raises InputError
     for a checkpoint that is damaged or belongs to another run.
@@ -288,7 +240,7 @@ def fit(trainer, module, images, *, resume=False):
     checkpoint = Path(trainer.checkpoint_callback.dirpath) / CHECKPOINT
     checkpoint = checkpoint if resume and checkpoint.exists() else None
     if checkpoint:
-        training.read_checkpoint(checkpoint, module.identity)
+        files.read_checkpoint(checkpoint, module.identity)
     try:
         trainer.fit(module, images, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
@@ -297,16 +249,13 @@ def fit(trainer, module, images, *, resume=False):
 
 
 def read_log(out):
-    """The CSV logs of all starts of the run in the folder `out`: {name: {step: value}}."""
-    log = {}
+    """The CSV logs of all starts of the run in the folder `out`: a DataFrame by step.
+
+    A column for each figure; where a step was logged twice, the later start counts.
+    """
     paths = Path(out, "csv").glob("version_*/metrics.csv")
-    for path in sorted(paths, key=lambda path: int(path.parent.name.removeprefix("version_"))):
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                for name in row:
-                    if row[name] and name != "step":
-                        log.setdefault(name, {})[int(row["step"])] = float(row[name])
-    return log
+    paths = sorted(paths, key=lambda path: int(path.parent.name.removeprefix("version_")))
+    return pd.concat([pd.read_csv(path) for path in paths]).groupby("step").last()
 
 
 def log_pictures(out, pictures, *, step):

@@ -1,14 +1,13 @@
-"""The custom ResNet of the assignment, the ResNet-9 of a tutorial, and ways to initialise them."""
+"""The custom ResNet of the assignment, the ResNet-9 of a tutorial, and how they are initialised."""
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 
-from utils import InputError
+from utils import InputError, files
+from utils.transforms import Normalization
 
 SHIPPED_WEIGHTS = Path(__file__).parents[1] / "images" / "s10" / "weights.safetensors"
 
@@ -55,18 +54,6 @@ class _Classifier(nn.Module):
             size = "×".join(map(str, x.shape[-2:]))
             raise InputError(f"images of {size} pixels are too small; enlarge them to 32×32")
         return self.fc(self.pool(self.features(x)).mean(dim=(2, 3)))
-
-    @classmethod
-    def from_pretrained(cls, path=None):
-        """The network of a weights file, as `load_weights` gives it.
-
-        Raises InputError where that fails or the file holds another network.
-        """
-        model = load_weights(path)
-        if not isinstance(model, cls):
-            kind = type(model).__name__
-            raise InputError(f"the weights are of a {kind}; use {kind}.from_pretrained")
-        return model
 
 
 class CustomResNet(_Classifier):
@@ -122,11 +109,19 @@ class ResNet9(_Classifier):
 MODELS = {"custom_resnet": CustomResNet, "resnet9": ResNet9}
 
 
-def make_model(name, num_classes=10, *, fc_bias=True):
-    """The network of that name. Raises InputError, with the names there are, for another."""
-    if name not in MODELS:
-        raise InputError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
-    return MODELS[name](num_classes, fc_bias=fc_bias)
+def build(recipe, images, *, seed=0):
+    """The recipe's network for an `ImageData`, initialised by `seed`, on the CPU, channels_last."""
+    torch.manual_seed(seed)
+    model = MODELS[recipe.model](len(images.classes), fc_bias=recipe.fc_bias)
+    with torch.no_grad():
+        model.fc.weight *= recipe.logit_scale
+    if recipe.dirac:
+        dirac_init(model)
+    if recipe.whiten:
+        # from all over them: in a folder they are sorted by class
+        some = images.train_images[:: max(1, len(images.train_images) // 1000)][:1000]
+        whiten_init(model, Normalization(*images.statistics)(some))
+    return model.to(memory_format=torch.channels_last)
 
 
 def load_weights(path=None):
@@ -134,26 +129,16 @@ def load_weights(path=None):
 
     `path` None stands for the weights that come with the repository. The network's attributes
     `classes` (names), `mean` and `std` (of each channel, on the scale 0..1) are those of its
-    training images; `metadata` is all that the file says, a dict. No code of the file is run.
-    Raises InputError where there is no such file, or it is damaged or of another kind.
+    training images; `metadata` is all that the file says, a dict. Raises InputError where there
+    is no such file, or it is damaged or of another kind.
     """
     if path is None and not SHIPPED_WEIGHTS.exists():
         raise InputError(
             "no trained weights come with this copy; name a file that python -m utils.train wrote"
         )
-    path = Path(path or SHIPPED_WEIGHTS)
-    if not path.is_file():
-        raise InputError(f"no weights file {path}; name one that python -m utils.train wrote")
+    path = path or SHIPPED_WEIGHTS
+    tensors, metadata = files.read_weights(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} is damaged or no safetensors file; copy it again, or train anew"
-        ) from error
-    try:
-        metadata = json.loads(about["run"])
         classes, mean, std = (tuple(metadata[name]) for name in ("classes", "mean", "std"))
         model = MODELS[metadata["model"]](len(classes), fc_bias=metadata["fc_bias"])
         model.load_state_dict(tensors)

@@ -9,11 +9,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from utils import data, training
+from utils import data, devices
 from utils.recipes import recipe
 
 CPU_EPOCHS = 5
 SAMPLE_EPOCHS = 2
+_temporary = []  # folders that vanish with the notebook's process
 
 
 def begin(name):
@@ -25,14 +26,15 @@ def begin(name):
     """
     source = os.environ.get("COURSE_DATA", "cifar10")
     images = data.load(source)
-    device = training.pick_device()
+    device = devices.pick_device()
     settings = recipe(name)
     if source == "sample":
         settings = settings.scaled(epochs=SAMPLE_EPOCHS, batch_size=images.batch_size)
-        folder = Path(tempfile.mkdtemp())
+        _temporary.append(tempfile.TemporaryDirectory())
+        folder = Path(_temporary[-1].name)
     else:
         if device.type == "cpu":
             settings = settings.scaled(epochs=CPU_EPOCHS)
-        runs = Path(os.environ.get("COURSE_RUNS", "runs"))
-        folder = runs / f"{name}-{Path(source).name}-{settings.epochs}-epochs"
-    return settings, images, device, training.amp_dtype(device), folder
+        run = f"{name}-{Path(source).resolve().name}-{settings.epochs}-epochs"
+        folder = Path(os.environ.get("COURSE_RUNS", "runs"), run)
+    return settings, images, device, devices.amp_dtype(device), folder

@@ -1,23 +1,21 @@
 """All pictures of the project.
 
 A function draws into the axes it is given, or into a new figure, and returns the axes. None of
-them calls ``plt.show()``. Pictures are tensors ``(N, 3, H, W)``, uint8 or float in 0..1, so a
-normalised batch has to be brought back to 0..1 first.
+them calls `plt.show()`. `images` are tensors (N, 3, H, W), uint8 or float in 0..1, so a normalised
+batch has to be brought back to 0..1 first. Raises ValueError where something does not fit.
 """
 
+import copy
 import math
-import textwrap
-from collections.abc import Mapping, Sequence
+from itertools import accumulate, zip_longest
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
-from matplotlib.path import Path
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
+from torch import nn
 
 # Okabe & Ito's palette: its colours stay apart in all common kinds of colour blindness.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -26,25 +24,35 @@ SKY, VERMILION, GREY = "#56B4E9", "#D55E00", "#666666"
 # Colour, line style and marker all differ, so that a grey print can be read too.
 LINES = {
     "train": {"color": BLUE, "linestyle": "-", "marker": "o"},
+    "val": {"color": GREEN, "linestyle": "-.", "marker": "^"},
     "test": {"color": VERMILION, "linestyle": "--", "marker": "s"},
 }
 
+# How `network` writes a layer.
+OPERATIONS = {
+    nn.Conv2d: "conv {0.kernel_size[0]}×{0.kernel_size[1]}, {0.out_channels}",
+    nn.MaxPool2d: "max-pool {0.kernel_size}",
+    nn.BatchNorm2d: "BN",
+    nn.ReLU: "ReLU",
+    nn.Linear: "linear {0.in_features}→{0.out_features}",
+}
 
-def use_style() -> None:
-    """Set matplotlib's defaults for the whole process; call it once, before the first picture."""
+
+def use_style():
+    """Sets matplotlib's defaults for the whole process; call it once, before the first picture.
+
+    Files, and the pictures that a notebook stores, get two pixels where the size asks for one.
+    """
     colours = [BLUE, VERMILION, GREEN, ORANGE, PINK, SKY]
     styles = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))]
     plt.rcParams.update({
         "figure.figsize": (6.0, 3.6),
-        "figure.dpi": 100,
         "figure.constrained_layout.use": True,
-        "savefig.dpi": 100,
+        "savefig.dpi": 200,
         "font.size": 9,
-        "axes.titlesize": 10,
-        "axes.labelsize": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": plt.cycler(color=colours) + plt.cycler(linestyle=styles),
+        "axes.prop_cycle": plt.cycler(color=colours, linestyle=styles),
         "axes.axisbelow": True,
         "grid.color": "#DDDDDD",
         "grid.linewidth": 0.6,
@@ -52,584 +60,321 @@ def use_style() -> None:
         "lines.linewidth": 1.6,
         "lines.markersize": 4,
     })
+    if "inline" in plt.get_backend():  # a notebook, which does not heed savefig.dpi
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
 
 
-def image_grid(
-    images: Tensor,
-    titles: Sequence[str] | None = None,
-    *,
-    columns: int = 10,
-    axes: np.ndarray | None = None,
-) -> np.ndarray:
-    """Show pictures row by row.
-
-    Args:
-        images: ``(N, 3, H, W)``, uint8 or float in 0..1.
-        titles: N strings, one above each picture.
-        columns: pictures in a row; fewer where there are fewer pictures.
-        axes: ``rows * columns`` axes to draw into.
-
-    Returns:
-        The axes, ``(rows, columns)``; those without a picture are switched off.
-
-    Raises:
-        ValueError: if there are no pictures, or a shape, range or count does not fit.
-    """
+def image_grid(images, titles=None, *, columns=10, axes=None):
+    """Shows pictures row by row, each below its title. Returns the axes (rows, columns)."""
     pixels = _pixels(images)
-    if len(pixels) == 0:
-        raise ValueError("there are no images to show")
-    if titles is not None and len(titles) != len(pixels):
-        raise ValueError(f"{len(titles)} titles for {len(pixels)} images")
-
+    titles = [""] * len(pixels) if titles is None else titles
     columns = min(columns, len(pixels))
-    rows = math.ceil(len(pixels) / columns)
-    lines = [line for title in titles or [] for line in title.split("\n")]
-    widest = max((len(line) for line in lines), default=0)
-    deepest = max((title.count("\n") + 1 for title in titles or []), default=0)
+    lines = [title.split("\n") for title in titles]
+    widest, deepest = max(len(line) for each in lines for line in each), max(map(len, lines))
     # A character of 9 points is about 0.08 inches wide, a line 0.16 inches high.
-    picture = 0.7 if titles is None else 1.0
-    cell = max(picture, 0.08 * widest), picture + 0.05 + 0.16 * deepest
-    axes = _grid(axes, rows, columns, cell)
-
-    for index, ax in enumerate(axes.flat):
-        if index < len(pixels):
-            _show(ax, pixels[index])
-            if titles is not None:
-                ax.set_title(titles[index], fontsize=9, pad=3)
-        else:
-            ax.set_axis_off()
+    cell = (max(1.0, 0.08 * widest), 1.05 + 0.16 * deepest) if any(titles) else (0.7, 0.75)
+    axes = _grid(axes, math.ceil(len(pixels) / columns), columns, cell)
+    for ax, picture, title in zip_longest(axes.flat, pixels, titles):
+        _show(ax, picture)
+        ax.set_title(title, fontsize=9, pad=3)
     return axes
 
 
-def sample_grid(
-    images: Tensor,
-    labels: Tensor,
-    classes: Sequence[str],
-    *,
-    per_class: int = 8,
-    seed: int = 0,
-    axes: np.ndarray | None = None,
-) -> np.ndarray:
-    """Show a row of randomly drawn pictures for each class, its name at the left.
+def sample_grid(images, labels, classes, *, per_class=8, seed=0, axes=None):
+    """Shows a row of randomly drawn pictures for each class, its name at the left.
 
-    Args:
-        images: ``(N, 3, H, W)``, uint8 or float in 0..1.
-        labels: ``(N,)`` int64, positions in ``classes``.
-        classes: names of the C classes.
-        per_class: pictures in a row; a class with fewer of them leaves places empty.
-        seed: chooses the pictures; the global random state is left alone.
-        axes: ``C * per_class`` axes to draw into.
-
-    Returns:
-        The axes, ``(C, per_class)``.
-
-    Raises:
-        ValueError: if a shape, range or count does not fit.
+    `labels`: int64 (N,), positions in `classes`, the names. A class of fewer than `per_class`
+    pictures leaves places empty. `seed` alone chooses them. Returns the axes (C, per_class).
     """
-    _check_images(images)
-    _check_labels("labels", labels, len(images), len(classes))
+    longest = max(len(name) for name in classes)
+    axes = _grid(axes, len(classes), per_class, (0.7, 0.7), left=0.08 * longest)
     generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for index in range(len(classes)):
-        members = torch.nonzero(labels.cpu() == index).flatten()
+    for index, name in enumerate(classes):
+        members = (labels.cpu() == index).nonzero().flatten()
         chosen = members[torch.randperm(len(members), generator=generator)[:per_class]]
-        drawn.append(_pixels(images[chosen]))
-
-    names = 0.08 * max(len(name) for name in classes)
-    axes = _grid(axes, len(classes), per_class, (0.7, 0.7), left=names)
-    for row, name, pictures in zip(axes, classes, drawn, strict=True):
-        for ax, pixels in zip(row, pictures, strict=False):
-            _show(ax, pixels)
-        for ax in row[len(pictures):]:
-            _frame(ax)
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        for ax, picture in zip_longest(axes[index], _pixels(images[chosen])):
+            _show(ax, picture)
+        axes[index, 0].set_ylabel(name, rotation=0, ha="right", va="center")
     return axes
 
 
-def augmentation_grid(
-    originals: Tensor, augmented: Tensor, *, axes: np.ndarray | None = None
-) -> np.ndarray:
-    """Show each picture beside several random draws of its augmentation.
+def augmentation_grid(originals, augmented, *, axes=None):
+    """Shows each picture, framed, beside several random draws of its augmentation.
 
-    Args:
-        originals: ``(R, 3, H, W)``, uint8 or float in 0..1.
-        augmented: ``(R, C, 3, H, W)``, C draws for each original.
-        axes: ``R * (C + 1)`` axes to draw into.
-
-    Returns:
-        The axes, ``(R, C + 1)``; the framed first column holds the originals.
-
-    Raises:
-        ValueError: if a shape, range or count does not fit.
+    `originals` (R, 3, H, W) and `augmented` (R, C, 3, H, W). Returns the axes (R, C + 1).
     """
-    if augmented.ndim != 5 or len(augmented) != len(originals):
-        raise ValueError(
-            f"augmented must be (R, C, 3, H, W) with R = {len(originals)}, "
-            f"got {tuple(augmented.shape)}"
-        )
-    first = _pixels(originals)
-    draws = [_pixels(row) for row in augmented]
-    # The first column is wider than its picture: the rest of it sets the originals apart.
-    ratios = [1.2] + [1.0] * augmented.shape[1]
-    axes = _grid(axes, len(first), len(ratios), (0.85, 0.85), width_ratios=ratios)
-
-    for row, original, drawn in zip(axes, first, draws, strict=True):
-        _show(row[0], original)
-        row[0].set_anchor("W")
-        for spine in row[0].spines.values():
-            spine.set(visible=True, color=BLUE, linewidth=2)
-        for ax, pixels in zip(row[1:], drawn, strict=True):
-            _show(ax, pixels)
-    axes[0, 0].set_title("original", fontsize=9, pad=4, color=BLUE)
-    for number, ax in enumerate(axes[0, 1:], start=1):
-        ax.set_title(f"draw {number}", fontsize=9, pad=4)
+    axes = _grid(axes, len(augmented), augmented.shape[1] + 1, (0.85, 0.9))
+    for row, original, draws in zip(axes, _pixels(originals), augmented, strict=True):
+        for ax, picture in zip(row, [original, *_pixels(draws)], strict=True):
+            _show(ax, picture)
+        row[0].spines[:].set(visible=True, color=BLUE, linewidth=2)
+    for number, ax in enumerate(axes[0]):
+        ax.set_title(f"draw {number}" if number else "original", fontsize=9, pad=4)
+    axes[0, 0].title.set_color(BLUE)
     return axes
+
+
+def misclassified_grid(results, images, *, count=10, columns=5, axes=None):
+    """Shows wrongly classified pictures: the true class, the predicted one and its probability.
+
+    `results`: a `Results` of `images`, uint8 (N, 3, H, W), of which it chooses at most `count`.
+    Returns the axes (rows, columns). Raises ValueError where nothing is misclassified.
+    """
+    wrong = results.misclassified(count)
+    if len(wrong) == 0:
+        raise ValueError("no image is misclassified")
+    titles = [
+        f"{results.classes[results.labels[i]]}\n"
+        f"→ {results.classes[results.predictions[i]]} {100 * results.confidences[i]:.0f} %"
+        for i in wrong.tolist()
+    ]
+    return image_grid(images[wrong], titles, columns=columns, axes=axes)
 
 
 def lr_finder_curve(
-    lrs: Sequence[float],
-    losses: Sequence[float],
-    *,
-    suggestion: float | None = None,
-    min_lr: float | None = None,
-    max_lr: float | None = None,
-    ax: Axes | None = None,
-) -> Axes:
-    """Plot the loss of a learning-rate range test and the rates chosen from it.
+    lrs, losses, *, raw_losses=None, suggestion=None, min_lr=None, max_lr=None, ax=None
+):
+    """Plots the loss of a learning-rate range test and the rates chosen from it.
 
-    The loss axis ends shortly above what the loss was before its minimum, so that the divergence
-    at the right runs out of the picture.
-
-    Args:
-        lrs: learning rate of each step, all above 0.
-        losses: loss of each step; steps that are not finite are left out.
-        suggestion: where the loss falls fastest.
-        min_lr: where the schedule will start.
-        max_lr: where the schedule will peak.
-        ax: axes to draw into.
-
-    Raises:
-        ValueError: if the lengths differ or no loss is finite.
+    `losses`, smoothed, and `raw_losses` are those at each of `lrs`; losses that are not finite are
+    left out. `suggestion`: where the loss falls fastest. `min_lr` and `max_lr`: where the schedule
+    will start and peak. The loss axis ends shortly above what the loss was before its minimum, so
+    that the divergence at the right runs out of the picture.
     """
     lrs, losses = np.asarray(lrs, dtype=float), np.asarray(losses, dtype=float)
-    if lrs.shape != losses.shape or lrs.ndim != 1:
-        raise ValueError(f"lrs and losses must be equally long, got {lrs.shape}, {losses.shape}")
     finite = np.isfinite(losses)
-    if not finite.any():
-        raise ValueError("no loss is finite")
+    if lrs.shape != losses.shape or not finite.any():
+        raise ValueError("lrs and losses must be equally long, and some loss finite")
+    ax = _single(ax, (6.6, 3.6))
+    if raw_losses is not None:
+        ax.plot(lrs, raw_losses, color="#BBBBBB", linestyle="-", linewidth=0.8, label="raw")
     lrs, losses = lrs[finite], losses[finite]
-
-    ax = _single(ax, (6.0, 3.8))
-    ax.plot(lrs, losses, color="black", linestyle="-", linewidth=1.6)
-    ax.set(xscale="log", xlabel="learning rate (log scale)", ylabel="loss")
-    ax.spines[["top", "right"]].set_visible(False)
-
-    marks = [
+    ax.plot(lrs, losses, color="black", linestyle="-", label="smoothed")
+    lowest, before = losses.min(), losses[: losses.argmin() + 1].max()
+    span = max(before - lowest, 0.1 * abs(lowest), 1e-6)
+    ax.set_ylim(ax.dataLim.y0 - 0.05 * span, before + 0.3 * span)
+    for value, name, colour, style in (
         (min_lr, "min", GREEN, ":"),
         (suggestion, "suggestion", BLUE, "--"),
         (max_lr, "max", VERMILION, "-."),
-    ]
-    marks = sorted((mark for mark in marks if mark[0] is not None), key=lambda mark: mark[0])
-
-    lowest = losses.min()
-    before = losses[: losses.argmin() + 1].max()
-    span = max(before - lowest, 0.1 * abs(lowest), 1e-6)
-    top = before + 0.3 * span
-    # The labels get a strip of their own below the curve, a line each. A mark begins at its
-    # label and goes up, so the leftmost has the lowest label and no mark crosses another's.
-    strip = 0.04 + 0.075 * len(marks)
-    ax.set_ylim((lowest - 0.05 * span - strip * top) / (1 - strip), top)
-    for index, (value, name, colour, style) in enumerate(marks):
-        bottom = 0.02 + 0.075 * index
-        ax.axvline(value, ymin=bottom, color=colour, linestyle=style, linewidth=1.6)
-        ax.annotate(
-            f"{name} {value:.3g}", (value, bottom), xycoords=ax.get_xaxis_transform(),
-            xytext=(4, 0), textcoords="offset points", va="bottom", color=colour, fontsize=9,
-            annotation_clip=False,
-        )
+    ):
+        if value is not None:
+            ax.axvline(value, color=colour, linestyle=style, label=f"{name} {value:.3g}")
+    ax.set(xscale="log", xlabel="learning rate (log scale)", ylabel="loss")
+    _legend_above(ax)
     return ax
 
 
-def lr_schedule(lrs: Sequence[float], *, steps_per_epoch: int, ax: Axes | None = None) -> Axes:
-    """Plot a learning-rate schedule over epochs and name its start, peak and end.
-
-    Args:
-        lrs: learning rate of each optimizer step, from the first on.
-        steps_per_epoch: steps in an epoch; step ``k`` is drawn at ``k / steps_per_epoch``.
-        ax: axes to draw into.
-
-    Raises:
-        ValueError: if there are no rates.
-    """
+def lr_schedule(lrs, *, steps_per_epoch, ax=None):
+    """Plots the learning rate of each optimizer step over epochs and names start, peak and end."""
     lrs = np.asarray(lrs, dtype=float)
-    if lrs.ndim != 1 or len(lrs) == 0:
-        raise ValueError(f"lrs must be a non-empty sequence of numbers, got shape {lrs.shape}")
-    epochs = np.arange(len(lrs)) / steps_per_epoch
-    last, peak = len(lrs) - 1, int(lrs.argmax())
+    epochs, last, peak = np.arange(len(lrs)) / steps_per_epoch, len(lrs) - 1, int(lrs.argmax())
 
     ax = _single(ax, (6.0, 3.4))
     ax.plot(epochs, lrs, color=BLUE, linestyle="-")
     ax.set(xlabel="epoch", ylabel="learning rate")
-    ax.spines[["top", "right"]].set_visible(False)
     ax.margins(y=0.16)
     ax.grid(axis="y")
-    names = {0: "start"}
-    names[last] = "end" if last else "start"
-    names[peak] = f"{names[peak]} and peak" if peak in names else "peak"
-    for step, name in names.items():
-        text = f"{name} {lrs[step]:.3g}"
-        if name == "peak":
+    steps = {"start": 0, "peak": peak, "end": last}
+    for step in sorted(set(steps.values())):
+        text = " and ".join(name for name in steps if steps[name] == step) + f" {lrs[step]:.3g}"
+        if 0 < step < last:
             text += f" at epoch {epochs[step]:.1f}"
-        share = step / max(last, 1)
-        above = step == peak
-        ax.plot(epochs[step], lrs[step], color=VERMILION, marker="o", linestyle="none")
+        ax.plot(epochs[step], lrs[step], color=VERMILION, marker="o")
         ax.annotate(
-            text, (epochs[step], lrs[step]), xytext=(0, 6 if above else -6),
-            textcoords="offset points", va="bottom" if above else "top", fontsize=9,
-            ha="left" if share < 0.15 else "right" if share > 0.85 else "center",
+            text, (epochs[step], lrs[step]), xytext=(0, 6 if step == peak else -6),
+            textcoords="offset points", va="bottom" if step == peak else "top",
+            ha="left" if step <= 0.15 * last else "right" if step > 0.85 * last else "center",
         )
     return ax
 
 
-def loss_curves(history: Sequence[Mapping[str, float]], *, ax: Axes | None = None) -> Axes:
-    """Plot the training and test loss of each epoch, the last ones as numbers.
+def loss_curves(history, *, ax=None):
+    """Plots the loss of each epoch, the last ones as numbers.
 
-    Args:
-        history: a row per epoch with ``epoch`` (from 1), ``train_loss`` and ``test_loss``.
-        ax: axes to draw into.
-
-    Raises:
-        ValueError: if the history is empty.
+    `history`: a dict for each epoch with `epoch`, `train_loss`, `test_loss` and perhaps `val_loss`.
     """
-    ax, labels = _epoch_curves(history, "loss", "{:.3f}", ax)
-    ax.set_ylabel("loss")
-    _label_at_right(ax, labels)
-    return ax
+    return _epoch_curves([history], "loss", ax, "loss", digits=3)
 
 
-def accuracy_curves(
-    history: Sequence[Mapping[str, float]],
-    *,
-    claimed: Mapping[str, float] | None = None,
-    ax: Axes | None = None,
-) -> Axes:
-    """Plot the training and test accuracy of each epoch, the last ones as numbers.
+def accuracy_curves(history, *, claimed=None, ax=None):
+    """Plots the accuracy of each epoch, the last ones as numbers.
 
-    Args:
-        history: a row per epoch with ``epoch`` (from 1), ``train_acc`` and ``test_acc`` (percent).
-        claimed: accuracies (percent) to compare with, drawn as thin lines; the keys "train" and
-            "test" take the colour of the curve.
-        ax: axes to draw into.
-
-    Raises:
-        ValueError: if the history is empty.
+    `history`: a dict for each epoch with `epoch`, `train_acc`, `test_acc` and perhaps `val_acc`, in
+    percent. `claimed`: accuracies to compare with, by name, drawn as thin lines; "train" and
+    "test" take the colour of the curve.
     """
-    ax, labels = _epoch_curves(history, "acc", "{:.2f}", ax)
-    ax.set_ylabel("accuracy, %")
-    for name, value in (claimed or {}).items():
-        colour = LINES.get(name, {}).get("color", GREY)
-        ax.axhline(value, color=colour, linestyle=":", linewidth=1)
-        labels.append((ax.get_yaxis_transform(), 1.0, value, f"claimed {name} {value:.2f}", colour))
-    _label_at_right(ax, labels)
-    return ax
+    return _epoch_curves([history], "acc", ax, "accuracy, %", claimed=claimed or {})
 
 
-def accuracy_band(
-    histories: Sequence[Sequence[Mapping[str, float]]], *, ax: Axes | None = None
-) -> Axes:
-    """Plot the mean accuracy of several runs by epoch, in a band from their lowest to highest.
+def accuracy_band(histories, *, ax=None):
+    """Plots the mean accuracy of several runs by epoch, in a band from their lowest to highest.
 
-    Args:
-        histories: a history per run, as for ``accuracy_curves``, all of the same epochs.
-        ax: axes to draw into.
-
-    Raises:
-        ValueError: if there are no runs, or their epochs differ or are none.
+    `histories`: one for each run, as for `accuracy_curves`, all of the same epochs.
     """
-    if len({tuple(row["epoch"] for row in history) for history in histories}) != 1:
-        raise ValueError("the runs must have the same epochs")
-    names = [f"{name}_acc" for name in LINES]
-    # runs × epochs × (train, test)
-    values = np.array([[[row[name] for name in names] for row in run] for run in histories])
-    mean = [
-        {"epoch": row["epoch"], **dict(zip(names, means, strict=True))}
-        for row, means in zip(histories[0], values.mean(axis=0), strict=True)
-    ]
-    ax, labels = _epoch_curves(mean, "acc", "{:.2f}", ax)
-    epochs = [row["epoch"] for row in mean]
-    for index, style in enumerate(LINES.values()):
-        low, high = values[..., index].min(axis=0), values[..., index].max(axis=0)
-        ax.fill_between(epochs, low, high, color=style["color"], alpha=0.25, linewidth=0)
-        place, x, y, text, colour = labels[index]
-        labels[index] = place, x, y, f"{text} ({low[-1]:.2f}–{high[-1]:.2f})", colour
-    ax.set_ylabel(f"accuracy, %: mean and range of {len(histories)} runs")
-    _label_at_right(ax, labels)
-    return ax
+    label = f"accuracy, %: mean and range of {len(histories)} runs"
+    return _epoch_curves(histories, "acc", ax, label)
 
 
-def confusion_matrix(matrix: Tensor, classes: Sequence[str], *, ax: Axes | None = None) -> Axes:
-    """Draw a confusion matrix: the counts as numbers, the errors' share of their row as colour.
+def confusion_matrix(results, *, vmax=None, ax=None):
+    """Draws the confusion matrix of a `Results`: the counts as numbers, the errors as colour.
 
-    The diagonal stays grey: its counts are so much larger that they would hide the errors.
-
-    Args:
-        matrix: ``(C, C)`` int64 counts, rows true, columns predicted.
-        classes: names of the C classes.
-        ax: axes to draw into; a colour bar takes a part of them.
-
-    Raises:
-        ValueError: if the shape does not fit the classes, or the matrix is not of integers.
+    The colour is the share of the true class, in percent; `vmax`: that of the darkest one, where
+    several matrices are to be compared. The diagonal stays grey: its counts are so much larger
+    that they would hide the errors. Numbers that could not be read are left out.
     """
-    counts = _counts(matrix, classes)
-    number = len(classes)
+    counts, number = results.confusion.numpy(), len(results.classes)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     errors = np.ma.masked_array(shares, mask=np.eye(number, dtype=bool))
 
     side = min(3.0 + 0.42 * number, 12.0)
     ax = _single(ax, (side, 0.9 * side))
     # The square root lifts the many small shares off white.
-    norm = PowerNorm(0.5, vmin=0, vmax=max(errors.max() or 0, 1e-6) if number > 1 else 1)
+    norm = PowerNorm(0.5, vmin=0, vmax=vmax or errors.max() or 1)
     colours = plt.get_cmap("Blues").with_extremes(bad="#E0E0E0")
     image = ax.imshow(errors, cmap=colours, norm=norm, interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="share of the true class, %", shrink=0.7)
-
-    points = ax.bbox.width * 72 / ax.figure.dpi / number
-    digits = max(len(str(counts.max())), 2)
-    size = min(9.0, points / (0.75 * digits))
-    grounds = image.to_rgba(errors)
-    for row, column in np.ndindex(*counts.shape):
-        red, green, blue, _ = grounds[row, column]
-        dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
-        ax.text(
-            column, row, str(counts[row, column]), ha="center", va="center", fontsize=size,
-            color="white" if dark else "black", fontweight="bold" if row == column else "normal",
-        )
-
-    size = 9 if number <= 20 else 7
-    ax.set_xticks(range(number), classes, rotation=45, ha="right", rotation_mode="anchor",
-                  fontsize=size)
-    ax.set_yticks(range(number), classes, fontsize=size)
+    ax.set_xticks(range(number), results.classes, ha="right", va="center", rotation_mode="anchor",
+                  rotation=45 if number <= 20 else 90)
+    ax.set_yticks(range(number), results.classes)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="predicted class", ylabel="true class")
+
+    ax.figure.draw_without_rendering()  # only now the size of a cell is known
+    cell = ax.bbox.width * 72 / ax.figure.dpi / number
+    ax.tick_params(labelsize=min(9.0, 0.8 * cell))
+    size = min(9.0, cell / (0.75 * max(len(str(counts.max())), 2)))
+    dark = norm(errors).filled(0) > 0.6
+    for row, column in np.argwhere((counts > 0) | (number <= 20)) if size >= 4 else ():
+        ax.text(
+            column, row, counts[row, column], ha="center", va="center", fontsize=size,
+            color="white" if dark[row, column] else "black",
+            fontweight="bold" if row == column else "normal",
+        )
     return ax
 
 
-def per_class_accuracy(matrix: Tensor, classes: Sequence[str], *, ax: Axes | None = None) -> Axes:
-    """Draw the accuracy of each class as a bar, the best on top, and their mean.
+def per_class_accuracy(results, *, ax=None):
+    """Draws the accuracy of each class of a `Results` as a bar, the best on top, and their mean."""
+    ranked = sorted(results.per_class.items(), key=lambda item: item[1])
+    accuracies = [accuracy for _, accuracy in ranked]
+    mean = np.mean(accuracies)
 
-    Args:
-        matrix: ``(C, C)`` int64 counts, rows true, columns predicted; a class without any
-            pictures is left out.
-        classes: names of the C classes.
-        ax: axes to draw into.
-
-    Raises:
-        ValueError: if the shape does not fit the classes, or the matrix is not of integers or
-            all zeros.
-    """
-    counts = _counts(matrix, classes)
-    totals = counts.sum(axis=1)
-    if not totals.any():
-        raise ValueError("the matrix counts no pictures")
-    present = np.flatnonzero(totals)
-    accuracy = 100 * counts.diagonal()[present] / totals[present]
-    order = accuracy.argsort(kind="stable")
-    mean = accuracy.mean()
-
-    ax = _single(ax, (5.0, 1.0 + 0.24 * len(present)))
-    bars = ax.barh(range(len(present)), accuracy[order], color=SKY, height=0.75)
-    # A white ground keeps the mean's line out of the numbers.
-    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-    ax.bar_label(bars, fmt="%.1f %%", padding=3, fontsize=9, bbox=ground)
-    ax.set_yticks(range(len(present)), [classes[present[index]] for index in order])
+    ax = _single(ax, (5.6, 1.0 + 0.24 * len(ranked)))
+    # The numbers stand with the names, where the mean's line cannot cross them.
+    names = [f"{name}  {accuracy:.1f} %" for name, accuracy in ranked]
+    ax.barh(names, accuracies, color=SKY, height=0.75)
     ax.tick_params(axis="y", length=0)
-    ax.axvline(mean, color=VERMILION, linestyle="--", linewidth=1.4)
-    # The empty row below the bars is for the mean's label.
-    ax.text(mean, -0.95, f" mean {mean:.2f} % ", color=VERMILION, fontsize=9, va="center",
-            ha="right" if mean > 50 else "left")
-    ax.set(xlim=(0, 100), ylim=(-1.4, len(present) - 0.5), xlabel="accuracy, %")
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.axvline(mean, color=VERMILION, linestyle="--")
+    ax.text(mean, 1.0, f"mean {mean:.2f} %", transform=ax.get_xaxis_transform(),
+            color=VERMILION, ha="center", va="bottom")
+    ax.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel="accuracy, %")
     return ax
 
 
-def time_by_phase(
-    phases: Mapping[str, Mapping[str, float]], *, ax: Axes | None = None
-) -> Axes:
-    """Draw where the time of a training step goes, as one stacked bar for each way to train.
+def time_by_phase(phases, *, ax=None):
+    """Draws where the time of a training step goes, as a stacked bar for each way to train.
 
-    Args:
-        phases: name of the way to (phase to milliseconds an image), the same phases in each; the
-            first is on top.
-        ax: axes to draw into.
-
-    Raises:
-        ValueError: if there is nothing to draw.
+    `phases`: {way: {phase: milliseconds an image}}, the same four phases in each; the first way
+    is on top. The total is that of the rounded parts.
     """
-    if not phases:
-        raise ValueError("phases must name at least one way to train")
     names = list(phases)
     ax = _single(ax, (6.4, 1.5 + 0.5 * len(names)))
-    left = np.zeros(len(names))
     longest = max(sum(times.values()) for times in phases.values())
+    digits = max(0, 2 - math.floor(math.log10(longest)))  # so that the longest has three
+    totals = np.zeros(len(names))
     for phase, colour in zip(phases[names[0]], (VERMILION, SKY, BLUE, ORANGE), strict=True):
-        times = np.array([phases[name][phase] for name in names])
-        bars = ax.barh(names, times, left=left, color=colour, height=0.6, label=phase)
-        texts = [f"{t:.2g}" if t > 0.06 * longest else "" for t in times]
-        dark = colour == BLUE
-        ax.bar_label(bars, texts, label_type="center", fontsize=9,
-                     color="white" if dark else "black")
-        left += times
-    for row, total in enumerate(left):
-        ax.annotate(f"{total:.3g} ms", (total, row), xytext=(4, 0), textcoords="offset points",
-                    va="center", fontsize=9)
+        times = np.round([phases[name][phase] for name in names], digits)
+        bars = ax.barh(names, times, left=totals, color=colour, height=0.6, label=phase)
+        texts = [f"{time:.{digits}f}" for time in times]
+        fits = times > 0.022 * longest * max(map(len, texts))  # a character's share of the width
+        ax.bar_label(bars, np.where(fits, texts, ""), label_type="center",
+                     color="white" if colour == BLUE else "black")
+        totals += times
+    ax.bar_label(bars, [f"{total:.{digits}f} ms" for total in totals], padding=4)
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.set(xlim=(0, 1.14 * longest), xlabel="milliseconds an image")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    _legend_above(ax)
     return ax
 
 
-def misclassified_grid(
-    images: Tensor,
-    labels: Tensor,
-    predictions: Tensor,
-    confidences: Tensor,
-    classes: Sequence[str],
-    *,
-    columns: int = 5,
-    axes: np.ndarray | None = None,
-) -> np.ndarray:
-    """Show pictures above which stand the true class, the predicted one and its probability.
+def network(model, *, size=32, ax=None):
+    """Draws a network as a row of boxes, from the input, size × size, at the left to the logits.
 
-    Args:
-        images: ``(N, 3, H, W)``, uint8 or float in 0..1.
-        labels: ``(N,)`` int64, the true classes.
-        predictions: ``(N,)`` int64, the predicted classes.
-        confidences: ``(N,)`` float in 0..1, the probabilities of the predicted classes.
-        classes: names of the C classes.
-        columns: pictures in a row; fewer where there are fewer pictures.
-        axes: ``rows * columns`` axes to draw into.
-
-    Returns:
-        The axes, ``(rows, columns)``.
-
-    Raises:
-        ValueError: if there are no pictures, or a shape, range or count does not fit.
+    Names, layers, shapes and numbers of parameters are the model's own: a box is one of its
+    children, or of the parts of a child that has one called `residual`. Around a box whose name
+    begins with "res" goes a skip connection. A box is as high as its output and as wide as its
+    channels, both by square root; the output's shape stands above it. The texts keep their size,
+    so they collide in axes much smaller than a new figure's, 1.1 inches for a box.
     """
-    _check_images(images)
-    _check_labels("labels", labels, len(images), len(classes))
-    _check_labels("predictions", predictions, len(images), len(classes))
-    if confidences.shape != labels.shape:
-        raise ValueError(f"confidences must be ({len(images)},), got {tuple(confidences.shape)}")
-    titles = [
-        f"{classes[label]}\n→ {classes[prediction]} {100 * confidence:.0f} %"
-        for label, prediction, confidence in zip(
-            labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True
-        )
-    ]
-    return image_grid(images, titles, columns=columns, axes=axes)
-
-
-def network(blocks: Sequence[Mapping], *, ax: Axes | None = None) -> Axes:
-    """Draw a network as a row of boxes, the input at the left.
-
-    A box is as high as its output's spatial size and as wide as its channels (both by square
-    root). The output's shape stands on the arrow behind the box.
-
-    Args:
-        blocks: a mapping per block with ``name``; ``operations``, a list of strings;
-            ``shape``, the output's ``(channels, height, width)`` or ``(features,)``; and
-            ``parameters``, their number. An operation "+ residual: ..." comes last and is drawn
-            as a box of its own with the skip connection above it. A block without operations
-            can stand for the input.
-        ax: axes to draw into; the texts keep their size, so they collide in axes much smaller
-            than a new figure (11.5 by 4 inches for this project's network).
-
-    Raises:
-        ValueError: if there are no blocks.
-    """
-    if not blocks:
-        raise ValueError("there are no blocks to draw")
-    tallest = max(max(block["shape"][1:], default=1) for block in blocks)
-    widest = max(block["shape"][0] for block in blocks)
-    new = ax is None
-    ax = _single(ax, (10.0, 4.0))
-
-    # One unit is an inch. The signal runs along y = 0, so the boxes lie evenly about it.
-    right, centre, behind, depth, parameters = 0.0, -math.inf, "", 1, []
-    for block in blocks:
-        shape = block["shape"]
-        height = max(2.0 * math.sqrt(max(shape[1:], default=1) / tallest), 0.3)
-        width = max(math.sqrt(shape[0] / widest), 0.14)
-        own = [text for text in block["operations"] if not text.startswith("+")]
-        residual = [text.lstrip("+ ") for text in block["operations"] if text.startswith("+")]
-        boxes = [(own, GREEN if len(shape) == 1 else SKY if own else GREY)]
-        boxes += [(residual, ORANGE)] if residual else []
-
-        edges = []
-        for operations, colour in boxes:
-            # A line of text has at most 15 characters, about an inch.
-            arrow = 0.35 if edges else 0.8 if behind else 0
-            centre = max(right + arrow + width / 2, centre + 1.12)
-            if behind:
-                _arrow(ax, [(right, 0), (centre - width / 2, 0)], "" if edges else behind)
-            ax.add_patch(FancyBboxPatch(
-                (centre - width / 2, -height / 2), width, height, facecolor=colour, alpha=0.75,
-                edgecolor="black", boxstyle="round,pad=0,rounding_size=0.04",
-            ))
-            parts = [part for text in operations for part in text.split(": ")]
-            lines = [line for part in parts for line in textwrap.wrap(part, 15)]
-            depth = max(depth, len(lines))
-            ax.text(centre, -1.2, "\n".join(lines), ha="center", va="top", fontsize=8)
-            edges += [centre - width / 2, centre + width / 2]
-            right = edges[-1]
-            behind = "×".join(str(size) for size in shape)
-
-        if residual:
-            fork, plus, top = (edges[1] + edges[2]) / 2, right + 0.35, height / 2 + 0.2
-            _arrow(ax, [(right, 0), (plus - 0.1, 0)])
-            _arrow(ax, [(fork, 0), (fork, top), (plus, top), (plus, 0.1)], "skip", colour=VERMILION)
-            ax.add_patch(Circle((plus, 0), 0.1, facecolor="white", edgecolor="black"))
-            ax.text(plus, 0, "+", ha="center", va="center_baseline", fontsize=10)
-            right = plus + 0.1
-        middle = (edges[0] + edges[-1]) / 2
-        ax.text(middle, 1.4, block["name"], ha="center", fontsize=10, fontweight="bold")
-        parameters.append((middle, block["parameters"]))
-
-    _arrow(ax, [(right, 0), (right + 0.75, 0)], behind)
-    floor = -1.3 - 0.135 * depth
-    for middle, number in parameters:
-        if number:
-            ax.text(middle, floor, f"{number:,}", ha="center", va="top", fontsize=8, color=GREY)
-    total = sum(number for _, number in parameters)
-    ax.text(right + 0.75, floor - 0.22, f"grey: parameters, {total:,} in total", ha="right",
-            va="top", fontsize=8, color=GREY)
-    ax.set(xlim=(-0.4, right + 0.85), ylim=(floor - 0.45, 1.65), aspect="equal")
+    stages = _stages(model, size)
+    _, operations, parameters, shapes = zip(*stages, strict=True)
+    floor = -1.25 - 0.13 * max(map(len, operations))
+    left, right, top = -0.55, len(stages) - 0.45, 1.55
+    ax = _single(ax, (1.1 * (right - left), 1.1 * (top - floor) + 0.5))
+    ax.set(xlim=(left, right), ylim=(floor - 0.15, top), aspect="equal")
     ax.set_axis_off()
-    if new:
-        ax.figure.set_size_inches(right + 1.25, 2.1 - floor)
+    ax.set_title(f"{type(model).__name__}: {sum(parameters):,} parameters", fontsize=11)
+
+    def arrow(start, end, **style):
+        style = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0, **style}
+        ax.annotate("", (end, 0), (start, 0), arrowprops=style)
+
+    small = {"ha": "center", "va": "top", "fontsize": 8.5}
+    end, radius = 0, 7  # of the signal so far; of a sum's circle, in points
+    for x, (name, operations, parameters, shape) in enumerate(stages):
+        height = 2 * math.sqrt(max(shape[1:], default=1) / size)
+        width = max(0.6 * math.sqrt(shape[0] / max(shape[0] for shape in shapes)), 0.08)
+        skipped = name.split("\n")[-1].startswith("res")
+        colour = ORANGE if skipped else SKY if shape[1:] else GREEN
+        if x:
+            arrow(end, x - width / 2)
+        end = x + width / 2
+        ax.add_patch(FancyBboxPatch(
+            (x - width / 2, -height / 2), width, height, edgecolor="black", linewidth=0.8,
+            facecolor=colour if parameters else "#C8C8C8", boxstyle="round,pad=0,rounding_size=.03",
+        ))
+        ax.text(x, 1.35, name, ha="center", va="center", fontsize=9.5, fontweight="bold")
+        ax.text(x, height / 2 + 0.2, "×".join(map(str, shape)), **small)
+        ax.text(x, -1.12, "\n".join(operations), **small)
+        ax.text(x, floor, f"{parameters:,}" if x else "parameters", color=GREY, **small)
+        if skipped:
+            arrow(end, x + 0.5, shrinkB=radius)
+            arrow(x - 0.5, x + 0.5, shrinkB=radius, color=VERMILION,
+                  connectionstyle=f"bar,fraction={-height / 2 - 0.28}")
+            end = x + 0.5
+            ax.plot(end, 0, marker="$\\oplus$", markersize=2 * radius, color="black", mew=0.3)
     return ax
 
 
-def _check_images(images: Tensor) -> None:
+def _stages(model, size):
+    """[(name, operations, number of parameters, output's shape)] in the order they run in."""
+    model = copy.deepcopy(model).to("meta").float().eval()  # which computes shapes, but no numbers
+    parts = {}
+    for name, child in model.named_children():
+        if hasattr(child, "residual"):
+            parts |= {f"{name}\n{part}": module for part, module in child.named_children()}
+        else:
+            parts[name] = child
+    stages = [("input", [], 0, (3, size, size))]
+    for name, part in parts.items():
+        layers = [layer for layer in part.modules() if type(layer) in OPERATIONS]
+        text = "\n".join(OPERATIONS[type(layer)].format(layer) for layer in layers)
+        operations = text.replace("BN\nReLU", "BN, ReLU").split("\n")
+        row = name, operations, sum(parameter.numel() for parameter in part.parameters())
+        part.register_forward_hook(lambda part, x, y, row=row: stages.append((*row, y.shape[1:])))
+    model(torch.zeros(1, 3, size, size, device="meta"))
+    return stages
+
+
+def _pixels(images):
+    """Turns (N, 3, H, W) into the array (N, H, W, 3) that matplotlib shows."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
-
-
-def _check_labels(name: str, labels: Tensor, images: int, classes: int) -> None:
-    if labels.shape != (images,):
-        raise ValueError(f"{name} must be ({images},), got {tuple(labels.shape)}")
-    if images and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
-            f"{name} must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}"
-        )
-
-
-def _pixels(images: Tensor) -> np.ndarray:
-    """Turn ``(N, 3, H, W)`` into the ``(N, H, W, 3)`` array that matplotlib shows."""
-    _check_images(images)
     images = images.detach().cpu()
     if images.is_floating_point():
         # Undoing a normalisation leaves rounding errors; anything larger is a mistake.
@@ -644,116 +389,79 @@ def _pixels(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def _counts(matrix: Tensor, classes: Sequence[str]) -> np.ndarray:
-    if matrix.shape != (len(classes), len(classes)):
-        raise ValueError(f"{tuple(matrix.shape)} matrix for {len(classes)} classes")
-    if matrix.is_floating_point():
-        raise ValueError(f"the matrix must hold counts, got {matrix.dtype}")
-    return matrix.detach().cpu().numpy()
-
-
-def _single(ax: Axes | None, size: tuple[float, float]) -> Axes:
+def _single(ax, size):
     if ax is None:
         _, ax = plt.subplots(figsize=size, layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _grid(
-    axes: np.ndarray | None,
-    rows: int,
-    columns: int,
-    cell: tuple[float, float],
-    *,
-    left: float = 0.0,
-    width_ratios: Sequence[float] | None = None,
-) -> np.ndarray:
-    """Return ``(rows, columns)`` axes: the caller's, or new ones of ``cell`` inches each.
+def _grid(axes, rows, columns, cell, *, left=0.0):
+    """Axes (rows, columns): the given ones, or new ones of `cell` inches each.
 
-    ``left`` is the room in inches for labels at the left of the rows.
+    `left`: inches for labels at the left of the rows.
     """
     if axes is not None:
-        axes = np.asarray(axes)
-        if axes.size != rows * columns:
-            raise ValueError(f"{axes.size} axes for {rows} x {columns} places")
-        return axes.reshape(rows, columns)
-    width = left + cell[0] * sum(width_ratios or [1] * columns)
+        return np.asarray(axes).reshape(rows, columns)
     figure, axes = plt.subplots(
-        rows, columns, squeeze=False, layout="constrained", width_ratios=width_ratios,
-        figsize=(max(width, 2.0), max(cell[1] * rows, 1.2)),
+        rows, columns, squeeze=False, layout="constrained",
+        figsize=(max(left + cell[0] * columns, 2.0), max(cell[1] * rows, 1.2)),
     )
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     return axes
 
 
-def _arrow(
-    ax: Axes, points: Sequence[tuple[float, float]], text: str = "", *, colour: str = "black"
-) -> None:
-    """Draw an arrow along the level and upright lines between ``points``, ``text`` above it."""
-    points = np.asarray(points)
-    vertices, codes = [points[0]], [Path.MOVETO]
-    for before, corner, after in zip(points, points[1:], points[2:], strict=False):
-        # Each corner is rounded by 0.12 units.
-        vertices += [corner + 0.12 * np.sign(before - corner), corner,
-                     corner + 0.12 * np.sign(after - corner)]
-        codes += [Path.LINETO, Path.CURVE3, Path.CURVE3]
-    path = Path([*vertices, points[-1]], [*codes, Path.LINETO])
-    ax.add_patch(FancyArrowPatch(
-        path=path, arrowstyle="-|>", mutation_scale=9, facecolor=colour, edgecolor=colour
-    ))
-    middle, top = points[[0, -1], 0].mean(), points[:, 1].max()
-    ax.text(middle, top + 0.06, text, ha="center", va="bottom", fontsize=8, color=colour)
-
-
-def _frame(ax: Axes) -> None:
-    # Not set_axis_off(): it would hide the label at the left of a row too.
-    ax.set(xticks=[], yticks=[])
+def _show(ax, picture=None):
+    if picture is not None:
+        ax.imshow(picture, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])  # set_axis_off would hide the label at the left of a row too
     ax.spines[:].set_visible(False)
 
 
-def _show(ax: Axes, pixels: np.ndarray) -> None:
-    ax.imshow(pixels, interpolation="nearest")
-    _frame(ax)
+def _legend_above(ax):
+    ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2,
+              columnspacing=1.2, handlelength=1.7)
 
 
-def _epoch_curves(
-    history: Sequence[Mapping[str, float]], quantity: str, number: str, ax: Axes | None
-) -> tuple[Axes, list[tuple]]:
-    """Plot ``train_<quantity>`` and ``test_<quantity>``; return the labels for the lines' ends."""
-    if not history:
-        raise ValueError("the history has no epochs")
+def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=()):
+    """Plots a quantity by epoch: the runs' mean and range, and thin lines for what was claimed."""
+    if len({tuple(row["epoch"] for row in run) for run in runs}) != 1 or not runs[0]:
+        raise ValueError("there must be epochs to draw, the same ones in all runs")
     ax = _single(ax, (6.0, 3.6))
-    epochs = [row["epoch"] for row in history]
-    labels = []
+    epochs, labels = [row["epoch"] for row in runs[0]], []
     for name, style in LINES.items():
-        values = [row[f"{name}_{quantity}"] for row in history]
-        ax.plot(epochs, values, label=name, linewidth=1.6, markersize=4, **style)
-        text = f"{name} {number.format(values[-1])}"
-        labels.append((ax.transData, epochs[-1], values[-1], text, style["color"]))
-    ax.set_xlabel("epoch")
-    ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        if (key := f"{name}_{quantity}") in runs[0][0]:
+            values = np.array([[row[key] for row in run] for run in runs])
+            mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+            ax.plot(epochs, mean, label=name, **style)
+            text = f"{name} {mean[-1]:.{digits}f}"
+            if len(runs) > 1:
+                ax.fill_between(epochs, low, high, color=style["color"], alpha=0.25, linewidth=0)
+                text += f" ({low[-1]:.{digits}f}–{high[-1]:.{digits}f})"
+            labels.append((mean[-1], text, style["color"]))
+    for name in claimed:
+        colour = LINES.get(name, {}).get("color", GREY)
+        ax.axhline(claimed[name], color=colour, linestyle=":", linewidth=1)
+        labels.append((claimed[name], f"claimed {name} {claimed[name]:.{digits}f}", colour))
+    ax.set(xlabel="epoch", ylabel=label, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(axis="y")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax, labels
+    _label_at_right(ax, epochs[-1], labels)
+    return ax
 
 
-def _label_at_right(ax: Axes, labels: Sequence[tuple]) -> None:
-    """Write labels ``(transform, x, y, text, colour)`` right of the axes, none over another."""
+def _label_at_right(ax, x, labels):
+    """Writes (y, text, colour) right of the axes, none over another, with a line to (x, y)."""
+    labels = sorted(each for each in labels if np.isfinite(each[0]))
     low, high = ax.get_ylim()
-    ax.set_ylim(low, high)
-    labels = sorted((label for label in labels if np.isfinite(label[2])), key=lambda x: x[2])
-    heights = [(label[2] - low) / (high - low) for label in labels]
-    gap = 14 / (ax.bbox.height * 72 / ax.figure.dpi)
-    for index in range(1, len(heights)):
-        heights[index] = max(heights[index], heights[index - 1] + gap)
-    # What was pushed out at the top comes back down, and takes along what is below it.
-    ceiling = 1.0
-    for index in reversed(range(len(heights))):
-        heights[index] = min(heights[index], ceiling)
-        ceiling = heights[index] - gap
-    for (transform, x, y, text, colour), height in zip(labels, heights, strict=True):
+    gap = (high - low) * 14 / (ax.bbox.height * 72 / ax.figure.dpi)
+    # From the lowest on each label makes room above the last; what that pushes out at the top
+    # comes back down, and takes along what is below it.
+    raised = list(accumulate((y for y, *_ in labels), lambda below, y: max(below + gap, y)))
+    heights = accumulate(reversed(raised), lambda above, y: min(above - gap, y), initial=high + gap)
+    for (y, text, colour), height in zip(reversed(labels), list(heights)[1:], strict=True):
         ax.annotate(
-            text, (x, y), xycoords=transform, xytext=(1.04, height), textcoords="axes fraction",
-            va="center", color=colour, fontsize=9, annotation_clip=False,
+            text, (x, y), xytext=(1.04, height), textcoords=ax.get_yaxis_transform(),
+            va="center", color=colour, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 2},
         )

@@ -12,5 +12,12 @@ from tqdm import tqdm
 def progress_bar(*args, **settings):
     """A tqdm bar that vanishes when it is done."""
     if "ipykernel" not in sys.modules:
-        settings["disable"] = None  # tqdm's word for: unless this is a terminal
+        settings.setdefault("disable", None)  # tqdm's word for: unless this is a terminal
     return tqdm(*args, leave=False, **settings)
+
+
+def epoch_bar(images, epochs, *, done=0, **settings):
+    """A bar over all images of a run, of whose epochs some are done."""
+    return progress_bar(
+        total=images * epochs, initial=images * done, unit=" images", smoothing=0.05, **settings
+    )

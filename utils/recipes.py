@@ -1,114 +1,140 @@
-"""Named recipes: every setting of a training run in one frozen dataclass.
+"""Named recipes: every setting of a training run in one frozen object.
 
-`recipe("s10")` gives a recipe by name; `dataclasses.replace` changes single settings of it.
+`recipe("s10")` gives a recipe by name, and its method `replace` another with some settings changed.
 """
 
-import ast
-import contextlib
-import math
-from dataclasses import dataclass, fields, replace
-from typing import get_origin
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from utils import InputError
 
-CHOICES = {
-    "optimizer": ("adam", "adamw", "sgd"),
-    "anneal": ("linear", "cos"),
-    "padding_mode": ("constant", "reflect"),
-    "loop": ("plain", "lightning"),
-}
-LIMITS = {  # the lowest and the highest value
-    "epochs": (1, math.inf),
-    "batch_size": (2, math.inf),
-    "weight_decay": (0, math.inf),
-    "label_smoothing": (0, 1),
-    "padding": (0, math.inf),
-    "flip": (0, 1),
-    "rotation": (0, 180),
-    "brightness": (0, 1),
-    "cutout": (0, math.inf),
-    "held_out": (0, 0.9),
-}
-ABOUT_THE_SOURCE = ("claimed", "original")  # fields that no training depends on
+Share = Annotated[float, Field(ge=0, le=1)]
+ABOUT_THE_SOURCE = {"claimed", "original"}  # fields that no training depends on
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(BaseModel):
     """The settings of one training run. Rates are per optimizer step, accuracies in percent.
 
     The learning rate rises from `min_lr` to `max_lr`, reached at the end of epoch `peak_epoch`,
-    and falls to `final_lr` at the last step.
+    and falls to `final_lr` at the last step. Raises InputError, in one line, for settings that
+    can't be.
     """
 
-    name: str
-    model: str = "custom_resnet"  # or "resnet9"
-    fc_bias: bool = True
-    epochs: int = 24
-    peak_epoch: float = 5
-    batch_size: int = 512
-    optimizer: str = "adam"  # or "adamw", or "sgd" with Nesterov momentum 0.9
-    min_lr: float = 1e-4
-    max_lr: float = 1e-2
-    final_lr: float | None = None  # None: `min_lr` again
-    anneal: str = "linear"  # or "cos": half a cosine wave up, another down
-    cycle_momentum: bool = False  # down from 0.95 to 0.85 at the peak, and up again
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
-    gradient_clip: float | None = None  # largest absolute value of a gradient element
-    padding: int = 4  # pixels a side, before the random crop back to the image's size
-    padding_mode: str = "constant"  # black, or "reflect"
-    flip: float = 0.5  # probability
-    rotation: float = 0.0  # degrees, at most, either way
-    brightness: float = 0.0  # factors from 1 - brightness to 1 + brightness
-    cutout: int = 8  # side of the square set to the data set's mean; 0 for none
-    sizes: tuple[int, ...] = ()  # sides of the training images, in turn; () for their own size
-    logit_scale: float = 1.0  # of the linear layer's first weights; its rate by the square
-    dirac: bool = False  # initialise convolutions to pass their input on
-    whiten: bool = False  # initialise the first convolution to whiten the training images
-    per_image: bool = False  # albumentations image by image, instead of whole batches in torch
-    held_out: float = 0.0  # share of the training images kept for validation
-    loop: str = "plain"  # or "lightning"
-    claimed: tuple[tuple[str, float], ...] = ()  # what the source reports, e.g. ("test", 93.07)
-    original: tuple[tuple[str, object], ...] = ()  # the source's settings where ours are others
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    def __post_init__(self):
-        for name, (low, high) in LIMITS.items():
-            if not low <= (value := getattr(self, name)) <= high:
-                limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-                raise InputError(f"{name} must be {limit}, not {value}")
-        for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise InputError(
-                    f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}"
-                )
+    name: str
+    model: Literal["custom_resnet", "resnet9"] = "custom_resnet"
+    """the network"""
+    fc_bias: bool = True
+    """whether its linear layer has a bias"""
+    epochs: PositiveInt = 24
+    """length of the run; the peak moves along"""
+    peak_epoch: PositiveFloat = 5
+    """the epoch at whose end the rate is highest; may be a fraction"""
+    batch_size: Annotated[int, Field(ge=2)] = 512
+    """images a step, of all processes together"""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """adam's decay is in the gradient, adamw's decoupled; sgd has Nesterov momentum 0.9"""
+    max_lr: PositiveFloat = 1e-2
+    """highest learning rate; min_lr and final_lr keep their share of it"""
+    min_lr: PositiveFloat = 1e-4
+    """learning rate of the first step"""
+    final_lr: PositiveFloat | None = None
+    """learning rate of the last step; None: min_lr again"""
+    anneal: Literal["linear", "cos"] = "linear"
+    """form of the rise and fall: straight, or half a cosine wave each"""
+    cycle_momentum: bool = False
+    """momentum (Adam's first beta) from 0.95 down to 0.85 at the peak, and up again"""
+    weight_decay: NonNegativeFloat = 0.0
+    """decay of all parameters"""
+    label_smoothing: Share = 0.0
+    """share of the target that is spread over all classes"""
+    gradient_clip: PositiveFloat | None = None
+    """largest absolute value of a gradient's element"""
+    padding: NonNegativeInt = 4
+    """pixels a side, before the random crop back to the image's size"""
+    padding_mode: Literal["constant", "reflect"] = "constant"
+    """black, or mirrored about the outermost pixels"""
+    flip: Share = 0.5
+    """probability of mirroring left to right"""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """degrees, at most, either way"""
+    brightness: Share = 0.0
+    """factors from 1 - brightness to 1 + brightness"""
+    cutout: NonNegativeInt = 8
+    """side of the square set to the data set's mean; 0 for none"""
+    sizes: tuple[Annotated[int, Field(ge=8)], ...] = ()
+    """sides of the training images, in turn; none: their own size"""
+    logit_scale: PositiveFloat = 1.0
+    """factor of the linear layer's first weights; its rate's by the square (sgd only)"""
+    dirac: bool = False
+    """initialise convolutions to pass their input on"""
+    whiten: bool = False
+    """initialise the first convolution to whiten the training images"""
+    per_image: bool = False
+    """augment by albumentations image by image, instead of whole batches in torch"""
+    held_out: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """share of the training images that is kept for validation"""
+    loop: Literal["plain", "lightning"] = "plain"
+    """our own loop, or PyTorch Lightning's"""
+    claimed: dict[str, float] = {}
+    """what the source reports, e.g. {"test": 93.07}"""
+    original: dict[str, Any] = {}
+    """the source's settings where ours are others"""
+
+    def __init__(self, **settings):
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name, reason = first["loc"][0], first["msg"].partition("should ")[2]
+            if not reason:
+                raise InputError(f"a recipe has no setting {name}") from None
+            raise InputError(f"{name} must {reason}, not {first['input']!r}") from None
+        if self.peak_epoch >= self.epochs:
+            end = f"before the end of the {self.epochs} epochs"
+            raise InputError(f"peak_epoch must lie {end}, not at {self.peak_epoch:g}")
         if self.per_image and self.sizes:
-            raise InputError("sizes need whole batches; choose sizes=() or per_image=False")
-        if not all(type(size) is int and size >= 8 for size in self.sizes):
-            raise InputError(f"sizes must be whole numbers from 8 on, not {self.sizes}")
-        for name in ("max_lr", "min_lr", "final_lr", "peak_epoch", "logit_scale", "gradient_clip"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise InputError(f"{name} must be positive, not {value}")
+            raise InputError("sizes need whole batches; leave out sizes or per_image")
         if self.logit_scale != 1 and self.optimizer != "sgd":
-            raise InputError("logit_scale needs optimizer=sgd; Adam's steps don't scale with it")
+            raise InputError("logit_scale needs optimizer sgd; Adam's steps don't scale with it")
 
     def __str__(self):
-        return ", ".join(
-            f"{f.name} {float(f'{v:.5g}') if isinstance(v, float) else v}"
-            for f in fields(self)
-            if (v := getattr(self, f.name)) is not None and f.name not in ABOUT_THE_SOURCE
-        )
+        """The name, and what differs from the defaults, on one line."""
+        changed = self.differences(Recipe(name=self.name))
+        return ", ".join([self.name, *(f"{name} {value}" for name, value in changed.items())])
 
-    def identity(self):
-        """The settings that are not the defaults: what the checkpoints of one run agree in."""
+    def replace(self, **changes):
+        """The same recipe with other settings."""
+        return Recipe(**{**dict(self), **changes})
+
+    def settings(self):
+        """All settings that a training depends on, as plain values: what one run agrees in."""
+        return self.model_dump(mode="json", exclude=ABOUT_THE_SOURCE)
+
+    def differences(self, other):
+        """The settings that `other` has otherwise, as plain values with six digits.
+
+        `loop` does not count: both loops train the same.
+        """
+        ours, theirs = (_rounded(recipe.settings()) for recipe in (self, other))
         return {
-            f.name: v
-            for f in fields(self)
-            if (v := getattr(self, f.name)) != f.default and f.name not in ABOUT_THE_SOURCE
+            name: ours[name] for name in ours if name != "loop" and ours[name] != theirs[name]
         }
 
     def as_published(self):
         """The recipe with its source's settings also where ours depart from them."""
-        return replace(self, **dict(self.original))
+        return self.replace(**self.original)
 
     def size(self, epoch):
         """The side of the training images in `epoch`, from 0; None for their own size.
@@ -116,41 +142,6 @@ class Recipe:
         `sizes` are shared out evenly: three of them take a third of the epochs each.
         """
         return self.sizes[epoch * len(self.sizes) // self.epochs] if self.sizes else None
-
-    def rates(self):
-        """What `one_cycle` needs to know, as keyword arguments."""
-        return {
-            "epochs": self.epochs,
-            "peak_epoch": self.peak_epoch,
-            "min_lr": self.min_lr,
-            "max_lr": self.max_lr,
-            "final_lr": self.final_lr,
-            "anneal": self.anneal,
-            "cycle_momentum": self.cycle_momentum,
-        }
-
-    def changed(self, assignments):
-        """The same recipe with other settings, as texts: `["max_lr=0.02", "dirac=True"]`.
-
-        Raises InputError for a name or a kind of value that the recipe does not have.
-        """
-        changes = {}
-        for assignment in assignments:
-            name, _, text = assignment.partition("=")
-            fixed = ("name", *ABOUT_THE_SOURCE)
-            kinds = {f.name: f.type for f in fields(self) if f.name not in fixed}
-            if name not in kinds:
-                raise InputError(f"no setting {name!r}; choose one of {', '.join(kinds)}")
-            value = text
-            with contextlib.suppress(ValueError, SyntaxError):  # a word stays a word
-                value = ast.literal_eval(text)
-            if type(value) is int and kinds[name] in (float, float | None):
-                value = float(value)
-            kind = tuple if get_origin(kinds[name]) is tuple else kinds[name]
-            if not isinstance(value, kind):
-                raise InputError(f"{name} is {getattr(self, name)!r} and can't be {text!r}")
-            changes[name] = value
-        return replace(self, **changes)
 
     def scaled(self, *, epochs=None, batch_size=None, max_lr=None):
         """The same recipe with another length, batch size or highest rate.
@@ -161,8 +152,7 @@ class Recipe:
         epochs = self.epochs if epochs is None else epochs
         max_lr = self.max_lr if max_lr is None else max_lr
         factor = max_lr / self.max_lr
-        return replace(
-            self,
+        return self.replace(
             epochs=epochs,
             peak_epoch=self.peak_epoch * epochs / self.epochs,
             batch_size=self.batch_size if batch_size is None else batch_size,
@@ -172,17 +162,21 @@ class Recipe:
         )
 
 
+def _rounded(settings):
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in settings.items()}
+
+
 _RECIPES = [
     # The assignment. Its rates are left to an LR finder; ours are read off the curve in
     # S10_custom_resnet.ipynb. "No annihilation": the schedule ends where it began.
-    Recipe(name="s10", claimed=(("train", 98.60), ("test", 93.07))),
+    Recipe(name="s10", claimed={"train": 98.60, "test": 93.07}),
     # The same in 20 epochs, with the rates that its source reports.
     Recipe(
         name="s10_20",
         epochs=20,
         min_lr=0.0017,
         max_lr=0.017,
-        claimed=(("train", 93.77), ("test", 91.42)),
+        claimed={"train": 93.77, "test": 91.42},
     ),
     # The same network without a GPU, over 90 % on two cores in about half an hour where they have
     # bfloat16 instructions. Small images first, as in fast.ai's entry to DAWNBench (2018): one of
@@ -236,8 +230,8 @@ _RECIPES = [
         gradient_clip=0.1,
         padding_mode="reflect",
         cutout=0,
-        claimed=(("test", 90.0),),
-        original=(("epochs", 8), ("peak_epoch", 2.4)),
+        claimed={"test": 90.0},
+        original={"epochs": 8, "peak_epoch": 2.4},
     ),
     # The assignment with albumentations, image by image, and without the last bias. Its source
     # trains with rates up to 0.03 and a weight decay of 1e-3, and reports 69.80 where it aimed at
@@ -248,8 +242,8 @@ _RECIPES = [
         name="s10_albumentations",
         fc_bias=False,
         per_image=True,
-        claimed=(("test", 69.80),),
-        original=(("max_lr", 0.03), ("min_lr", 0.003), ("weight_decay", 1e-3)),
+        claimed={"test": 69.80},
+        original={"max_lr": 0.03, "min_lr": 0.003, "weight_decay": 1e-3},
     ),
 ]
 RECIPES = {r.name: r for r in _RECIPES}

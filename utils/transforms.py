@@ -13,32 +13,56 @@ from torch.nn import functional as F
 from utils import InputError
 
 
-def channel_statistics(images):
-    """Mean and standard deviation of every pixel of each channel, on the scale 0..1.
+class Normalization:
+    """uint8 images (N, 3, H, W) to float32 with mean 0 and deviation 1 over the data set.
 
-    `images`: uint8 (N, C, H, W). Returns two float64 tensors (C,). Exact: they are computed
-    from the 256 counts of each channel. (The widespread 0.2023, 0.1994, 0.2010 for CIFAR-10 is
-    the mean of each image's own deviation, which is smaller.)
+    `mean`, `std`: of each channel, on the scale 0..1.
     """
-    values = torch.arange(256, dtype=torch.float64) / 255
-    channels = images.cpu().transpose(0, 1).flatten(1)
-    counts = torch.stack([torch.bincount(c, minlength=256) for c in channels])
-    shares = counts.double() / channels.shape[1]
-    mean = shares @ values
-    return mean, (shares @ values**2 - mean**2).sqrt()
+
+    def __init__(self, mean, std):
+        self.mean, self.std = (
+            torch.as_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std)
+        )
+
+    def __call__(self, images):
+        # copied to another device once: a copy in each step would wait for it
+        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
+
+    def inverse(self, images):
+        """Normalised float images to float images in 0..1, for pictures."""
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        return (images * std + mean).clamp(0, 1)
 
 
-def albumentations_pipeline(
-    mean, std, *, size=(32, 32), padding=4, padding_mode="constant", flip=0.5, rotation=0,
-    brightness=0, cutout=8, augment=True,
-):
-    """The transforms for one image as an albumentations pipeline.
+class BatchAugmentation:
+    """The recipe's transforms for a whole batch, in torch, on the device the batch is on.
 
-    `padding_mode`: "constant" for black, or "reflect", which mirrors the image about its outermost
-    pixels; what a rotation brings in is black in any case. `rotation`: degrees, at most, either
-    way; `brightness` 0.2: factors from 0.8 to 1.2. It is called with `image=` a uint8 array
-    (H, W, 3), and gives {"image": float32 tensor (3, H, W)}. `set_random_seed` of the pipeline
-    fixes its draws.
+    Called with uint8 images (N, 3, H, W) it gives float32 images, of the same shape or, in an
+    epoch for which the recipe has a size, (N, 3, size, size). Each image has draws of its own,
+    from `generator`, on the images' device; without one from torch's own.
+    """
+
+    def __init__(self, recipe, mean, std):
+        self.recipe, self.normalize = recipe, Normalization(mean, std)
+
+    def __call__(self, images, generator=None, epoch=0):
+        recipe = self.recipe
+        images = random_crop(images, recipe.padding, generator, mode=recipe.padding_mode)
+        images = random_flip(images, recipe.flip, generator)
+        if recipe.rotation:
+            images = random_rotation(images.float(), recipe.rotation, generator)
+        if recipe.brightness:
+            images = random_brightness(images.float(), recipe.brightness, generator)
+        images = cutout(self.normalize(images), recipe.cutout, generator)
+        return resize(images, recipe.size(epoch))
+
+
+def albumentations_pipeline(recipe, mean, std, *, size=(32, 32)):
+    """The recipe's transforms for one image as an albumentations pipeline.
+
+    It is called with `image=` a uint8 array (H, W, 3) of that `size`, and gives {"image": float32
+    tensor (3, H, W)}. What a rotation brings in is black.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import looks online
     import albumentations as A
@@ -47,94 +71,38 @@ def albumentations_pipeline(
 
     height, width = size
     borders = {"constant": cv2.BORDER_CONSTANT, "reflect": cv2.BORDER_REFLECT_101}
-    steps = []
-    if augment:
+    steps = [
         # PadIfNeeded pads *up to* a size, so the size to name is 40, not 36.
-        steps = [
-            A.PadIfNeeded(
-                min_height=height + 2 * padding,
-                min_width=width + 2 * padding,
-                border_mode=borders[padding_mode],
-                fill=0,
-            ),
-            A.RandomCrop(height, width),
-            A.HorizontalFlip(p=flip),
-        ]
-        if rotation:
-            limit = (-rotation, rotation)
-            steps.append(A.Rotate(limit, border_mode=cv2.BORDER_CONSTANT, fill=0, p=1))
-        if brightness:
-            # A factor. RandomBrightnessContrast would add, and turn the black border grey.
-            limit, off = (1 - brightness, 1 + brightness), (1, 1)
-            steps.append(
-                A.ColorJitter(brightness=limit, contrast=off, saturation=off, hue=(0, 0), p=1)
-            )
+        A.PadIfNeeded(
+            min_height=height + 2 * recipe.padding,
+            min_width=width + 2 * recipe.padding,
+            border_mode=borders[recipe.padding_mode],
+            fill=0,
+        ),
+        A.RandomCrop(height, width),
+        A.HorizontalFlip(p=recipe.flip),
+    ]
+    if recipe.rotation:
+        limit = (-recipe.rotation, recipe.rotation)
+        steps.append(A.Rotate(limit, border_mode=cv2.BORDER_CONSTANT, fill=0, p=1))
+    if recipe.brightness:
+        # A factor. RandomBrightnessContrast would add, and turn the black border grey.
+        limit, off = (1 - recipe.brightness, 1 + recipe.brightness), (1, 1)
+        steps.append(A.ColorJitter(limit, contrast=off, saturation=off, hue=(0, 0), p=1))
     steps.append(A.Normalize(mean=tuple(map(float, mean)), std=tuple(map(float, std))))
-    if augment and cutout:
-        hole = (cutout, cutout)
-        steps.append(
-            A.CoarseDropout(
-                num_holes_range=(1, 1), hole_height_range=hole, hole_width_range=hole, fill=0, p=1
-            )
-        )
+    if recipe.cutout:
+        hole = {f"hole_{side}_range": (recipe.cutout,) * 2 for side in ("height", "width")}
+        steps.append(A.CoarseDropout(num_holes_range=(1, 1), **hole, fill=0, p=1))
     return A.Compose([*steps, ToTensorV2()])
 
 
-class BatchTransform:
-    """The transforms for a whole batch, in torch, on the device the batch is on.
-
-    Called with uint8 images (N, 3, H, W) it gives float32 images of the same shape. Each image
-    has draws of its own. `seed(n, epoch)` fixes the draws that follow; on another kind of device
-    the same seed gives other draws. `sizes`: the side that the images are brought to at last in
-    each epoch; () leaves them as they are. `padding_mode` and what follows it: as in
-    `albumentations_pipeline`.
-    """
-
-    def __init__(
-        self, mean, std, *, padding=4, padding_mode="constant", flip=0.5, rotation=0,
-        brightness=0, cutout=8, sizes=(), augment=True,
-    ):
-        self.mean = torch.as_tensor(mean, dtype=torch.float32).view(3, 1, 1)
-        self.std = torch.as_tensor(std, dtype=torch.float32).view(3, 1, 1)
-        self.padding, self.flip, self.cutout, self.augment = padding, flip, cutout, augment
-        self.rotation, self.brightness, self.sizes = rotation, brightness, sizes
-        self.padding_mode = padding_mode
-        self.seed(0)
-
-    def seed(self, seed, epoch=0):
-        self._seed, self._generator = seed, None
-        self._size = self.sizes[epoch] if self.sizes else None
-
-    def __call__(self, images):
-        if self.mean.device != images.device:
-            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        if not self.augment:
-            return self.normalize(images)
-        if self._generator is None or self._generator.device != images.device:
-            self._generator = torch.Generator(images.device).manual_seed(self._seed)
-        images = random_crop(
-            images, self.padding, self._generator, padding_mode=self.padding_mode
-        )
-        images = random_flip(images, self.flip, self._generator)
-        if self.rotation:
-            images = random_rotation(images.float(), self.rotation, self._generator)
-        if self.brightness:
-            images = random_brightness(images.float(), self.brightness, self._generator)
-        images = cutout(self.normalize(images), self.cutout, self._generator)
-        return resize(images, self._size) if self._size else images
-
-    def normalize(self, images):
-        """uint8 (N, 3, H, W) to float32 with mean 0 and deviation 1 over the data set."""
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
-
-    def denormalize(self, images):
-        """The inverse: normalised float images to float images in 0..1, for pictures."""
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        return (images * std + mean).clamp(0, 1)
-
-
 def resize(images, size):
-    """Float (N, C, H, W) to (N, C, size, size), bilinear, averaged where it shrinks."""
+    """Float (N, C, H, W) to (N, C, size, size), bilinear, averaged where it shrinks.
+
+    None, or the size that they have, leaves them as they are.
+    """
+    if size is None or images.shape[-2:] == (size, size):
+        return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
@@ -146,36 +114,24 @@ def _draw(count, upper, like, generator):
 def pad(images, padding, mode="constant"):
     """(N, C, H, W) with `padding` pixels more a side: black, or for "reflect" mirrored.
 
-    As `F.pad` does it, which lacks "reflect" for uint8 on some devices. Raises InputError where
-    an image is too small to be mirrored.
+    Raises InputError where an image is too small to be mirrored.
     """
-    padded = F.pad(images, [padding] * 4).contiguous()
     if mode == "constant":
-        return padded
+        return F.pad(images, [padding] * 4)
     if padding >= min(images.shape[-2:]):
         size = "×".join(map(str, images.shape[-2:]))
         raise InputError(f"images of {size} pixels can't be mirrored by a padding of {padding}")
-    for axis in (2, 3):
-        lines = padded.transpose(0, axis)  # a view: rows, then columns
-        for i in range(padding):
-            lines[i] = lines[2 * padding - i]
-            lines[-1 - i] = lines[-1 - 2 * padding + i]
-    return padded
+    # by way of float, since some devices mirror nothing else
+    return F.pad(images.float(), [padding] * 4, mode=mode).to(images.dtype)
 
 
-def random_crop(images, padding, generator=None, *, padding_mode="constant"):
+def random_crop(images, padding, generator=None, *, mode="constant"):
     """Pads (N, C, H, W) by `padding` pixels a side and crops each image at its own offset."""
-    n, channels, height, width = images.shape
-    top = _draw(n, 2 * padding, images, generator).view(n, 1, 1)
-    left = _draw(n, 2 * padding, images, generator).view(n, 1, 1)
-    padded = pad(images, padding, padding_mode)
-    # Row i of `rows` are the `width` pixels from pixel i on: a view, so that a crop is a choice
-    # of rows, which is copied many times as fast as one pixel by pixel.
-    rows = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
-    plane = torch.arange(n * channels, device=images.device).view(n, channels, 1)
-    row = plane * (height + 2 * padding) + top + torch.arange(height, device=images.device)
-    start = row * (width + 2 * padding) + left
-    return rows.index_select(0, start.flatten()).view(images.shape)
+    n, _, height, width = images.shape
+    top, left = (_draw(n, 2 * padding, images, generator) for _ in range(2))
+    # Every crop that there is, as a view: (N, C, offsets down, offsets across, H, W).
+    crops = pad(images, padding, mode).unfold(2, height, 1).unfold(3, width, 1)
+    return crops[torch.arange(n, device=images.device), :, top, left]
 
 
 def random_flip(images, probability, generator=None):
@@ -223,16 +179,14 @@ def random_brightness(images, spread, generator=None):
 def cutout(images, size, generator=None):
     """Sets a `size`×`size` square of each image to 0, at a place of its own wholly inside.
 
-    `images`: normalised float (N, C, H, W), contiguous, where 0 is the data set's mean; changed
-    in place. Raises InputError where the square does not fit.
+    `images`: normalised float (N, C, H, W), where 0 is the data set's mean; changed in place.
+    Raises InputError where the square does not fit.
     """
-    n, channels, height, width = images.shape
+    n, _, height, width = images.shape
     if size > min(height, width):
         raise InputError(f"a cutout of {size} does not fit {height}×{width} pixels; lower it")
-    top = _draw(n, height - size, images, generator).view(n, 1, 1, 1)
-    left = _draw(n, width - size, images, generator).view(n, 1, 1, 1)
-    plane = torch.arange(n * channels, device=images.device).view(n, channels, 1, 1)
-    side = torch.arange(size, device=images.device)
-    pixel = (plane * height + top + side.view(size, 1)) * width + left + side
-    images.view(-1).index_fill_(0, pixel.flatten(), 0)
+    top = _draw(n, height - size, images, generator).view(n, 1, 1)
+    left = _draw(n, width - size, images, generator).view(n, 1, 1)
+    image, side = (torch.arange(count, device=images.device) for count in (n, size))
+    images[image.view(n, 1, 1), :, top + side.view(size, 1), left + side] = 0
     return images

@@ -1,0 +1,97 @@
+"""What several test files share: folders of pictures, small networks, short commands."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from utils import files, models, run, training
+from utils.data import ImageData
+from utils.models import CustomResNet
+
+CPU = torch.device("cpu")
+ON_CPU = ["--device", "cpu", "--precision", "fp32"]
+
+
+def write_folder(root, *, train, test, side=32):
+    """Three classes that differ in colour; `train` and `test` pictures of each."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for channel, name in enumerate(["blue", "green", "red"]):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 200, (side, side, 3), dtype=np.uint8)
+                pixels[..., 2 - channel] += 55
+                Image.fromarray(pixels).save(root / split / name / f"{i:03}.png")
+    return root
+
+
+def tiny_images(side=8):
+    """60 images of three classes, 42 of them for training; a darker spot tells the class."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(60) % 3
+    images = torch.randint(0, 256, (60, 3, side, side), dtype=torch.uint8, generator=generator)
+    images[torch.arange(60), labels] //= 4
+    return ImageData("tiny", ("a", "b", "c"), images[:42], labels[:42], images[42:], labels[42:])
+
+
+class Small(CustomResNet):
+    """Of the same kind, but without its 26 MB and its arithmetic."""
+
+    def __init__(self, num_classes, *, fc_bias=True):
+        nn.Module.__init__(self)
+        self.prep = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.fc = nn.Linear(4, num_classes, bias=fc_bias)
+
+    def forward(self, x):
+        return self.fc(self.prep(x).amax(dim=(2, 3)))
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """The recipes' custom_resnet is a `Small`."""
+    monkeypatch.setitem(models.MODELS, "custom_resnet", Small)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing takes longer than these runs."""
+    monkeypatch.setattr(run, "save_figures", lambda *_: [])
+
+
+class CutOffError(Exception):
+    """What ends a run in `cut_off_after`."""
+
+
+@contextmanager
+def cut_off_after(steps):
+    """The plain loop raises an error instead of making step number `steps` + 1."""
+    left, step = iter(range(steps)), training.training_step
+
+    def cut_off(*args, **settings):
+        if next(left, None) is None:
+            raise CutOffError
+        return step(*args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CutOffError):
+        patch.setattr(training, "training_step", cut_off)
+        yield
+
+
+def read_history(out):
+    """The rows of a run's history.csv."""
+    return files.read_table(out / "history.csv").to_dict("records")
+
+
+def without_times(rows):
+    return [{k: row[k] for k in row if k not in ("images_per_s", "seconds")} for row in rows]
+
+
+def assert_same_state(first, second):
+    """Two modules: the same parameters and buffers, bit for bit."""
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,82 @@
+"""Which device and which precision, and training on the accelerator where there is one."""
+
+import pytest
+import torch
+
+from conftest import CPU, cut_off_after, tiny_images
+from utils import InputError, devices, run
+from utils.recipes import recipe
+
+CUDA, MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "cpu:x"])
+def test_a_device_that_is_not_there_is_named_in_one_line(name):
+    with pytest.raises(InputError, match=f"^no device '{name}'[^\n]*$"):
+        devices.pick_device(name)
+
+
+def test_without_an_accelerator_the_best_device_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+    assert devices.pick_device() == devices.pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("abilities, dtype", [
+    ({}, None),
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, None),
+    ({"avx512_bf16": True}, torch.bfloat16),
+    ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+])
+def test_mixed_precision_on_a_cpu_that_multiplies_bfloat16(monkeypatch, abilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    assert devices.amp_dtype(CPU) is dtype
+
+
+def test_mixed_precision_is_what_this_gpu_can_not_the_current_one(monkeypatch):
+    capabilities = {0: (7, 5), 1: (8, 0), 2: (6, 1)}
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=None: capabilities[device.index]
+    )
+    dtypes = [devices.amp_dtype(torch.device("cuda", index)) for index in capabilities]
+    assert dtypes == [torch.float16, torch.bfloat16, None]
+
+
+@pytest.mark.parametrize("name, begun, dtype", [
+    ("auto", None, torch.bfloat16),  # what this CPU is made to want
+    ("auto", "float32", None),
+    ("auto", "bfloat16", torch.bfloat16),
+    ("auto", "float16", torch.float16),
+    ("fp32", None, None),
+    ("fp32", "float32", None),
+    ("bf16", "bfloat16", torch.bfloat16),
+    ("fp16", None, torch.float16),
+    ("fp32", "bfloat16", InputError),
+    ("bf16", "float32", InputError),
+])
+def test_precision_of_a_run_stays_as_it_was_begun(monkeypatch, name, begun, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    if dtype is InputError:
+        with pytest.raises(InputError, match=f"^the run was begun in {begun}; [^\n]*--precision"):
+            devices.pick_precision(name, CPU, begun)
+    else:
+        assert devices.pick_precision(name, CPU, begun) is dtype
+
+
+@pytest.mark.parametrize("name, dtype", [
+    pytest.param("cuda", torch.float16, marks=pytest.mark.skipif(
+        not CUDA, reason="no CUDA device here")),
+    pytest.param("cuda", torch.bfloat16, marks=pytest.mark.skipif(
+        not CUDA, reason="no CUDA device here")),
+    pytest.param("mps", torch.float16, marks=pytest.mark.skipif(
+        not MPS, reason="no MPS device here")),
+])
+def test_an_accelerator_trains_in_mixed_precision_and_resumes(name, dtype, tmp_path):
+    how = {"device": torch.device(name), "dtype": dtype, "checkpoint": tmp_path / "checkpoint.pt"}
+    settings = recipe("s10").scaled(epochs=2, batch_size=14).replace(padding=1, cutout=2)
+    with cut_off_after(4):  # an epoch has three steps
+        run.train_plain(settings, tiny_images(), **how)
+    model, history = run.train_plain(settings, tiny_images(), resume=True, **how)
+    assert [row["epoch"] for row in history] == [1, 2]
+    for tensor in model.state_dict().values():
+        assert tensor.device.type == name and tensor.isfinite().all()

@@ -1,0 +1,92 @@
+"""What is counted from logits and labels, against numpy and sums by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.results import Results
+
+
+@st.composite
+def some_results(draw):
+    """Logits and labels of 1 to 60 images in 2 to 6 classes, drawn by a seed."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    count, classes = draw(st.integers(1, 60)), draw(st.integers(2, 6))
+    logits = torch.from_numpy(generator.normal(0, 3, (count, classes)).astype(np.float32))
+    return Results(logits, torch.from_numpy(generator.integers(0, classes, count)))
+
+
+@given(some_results())
+def test_accuracies_loss_and_confusion_are_numpys(results):
+    logits, labels = results.logits.double().numpy(), results.labels.numpy()
+    right = logits.argmax(1) == labels
+    assert results.accuracy == 100 * right.sum() / len(labels)
+    matrix = np.zeros((logits.shape[1],) * 2)
+    np.add.at(matrix, (labels, logits.argmax(1)), 1)
+    assert results.confusion.tolist() == matrix.tolist()
+    assert results.per_class == {
+        str(label): pytest.approx(100 * right[labels == label].mean())
+        for label in np.unique(labels)
+    }
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert results.confidences.numpy() == pytest.approx(probabilities.max(1), rel=1e-5)
+    own = probabilities[np.arange(len(labels)), labels]
+    assert results.loss == pytest.approx(-np.log(own).mean(), rel=1e-4, abs=1e-6)
+
+
+@given(some_results(), st.integers(1, 12))
+def test_misclassified_are_spread_over_all_that_are_wrong(results, count):
+    wrong = [i for i, label in enumerate(results.labels) if results.predictions[i] != label]
+    places = [wrong.index(i) for i in results.misclassified(count).tolist()]  # only wrong ones
+    assert len(places) == min(count, len(wrong))
+    if len(places) > 1:
+        assert (places[0], places[-1]) == (0, len(wrong) - 1)
+        steps = np.diff(places)
+        assert steps.min() >= 1 and steps.max() - steps.min() <= 1
+
+
+@given(some_results(), st.integers(1, 20))
+def test_most_confused_pairs_have_the_most_mistakes(results, count):
+    mistakes = {}
+    for label, predicted in zip(results.labels.tolist(), results.predictions.tolist(), strict=True):
+        if label != predicted:
+            pair = tuple(sorted((str(label), str(predicted))))
+            mistakes[pair] = mistakes.get(pair, 0) + 1
+    found = {pair: number for number, *pair in results.most_confused(count) for pair in [(*pair,)]}
+    assert found.items() <= mistakes.items()
+    assert sorted(found.values()) == sorted(mistakes.values())[-count:]
+
+
+def test_confusion_has_true_classes_in_rows_and_leaves_the_missing_out_of_the_shares():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    logits = torch.eye(4)[[0, 1, 1, 1, 2, 2]]
+    results = Results(logits, labels, ("a", "b", "c", "d"))
+    assert results.confusion.tolist() == [[1, 2, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert results.per_class == {"a": pytest.approx(100 / 3), "b": 50, "c": 100}
+    assert results.most_confused() == [(2, "a", "b"), (1, "b", "c")]
+
+
+def test_calibration_error_by_hand():
+    """Confidences 0.62 twice, once right; 0.95, right; 0.98, wrong: three images in two bins."""
+    confidences = torch.tensor([0.62, 0.62, 0.95, 0.98])
+    logits = torch.stack([confidences.log(), (1 - confidences).log()], dim=1)
+    assert [math.floor(15 * c) for c in confidences.tolist()] == [9, 9, 14, 14]
+    expected = (2 * abs(0.62 - 0.5) + 2 * abs((0.95 + 0.98) / 2 - 0.5)) / 4
+    results = Results(logits, torch.tensor([0, 1, 0, 1]))
+    assert results.calibration_error == pytest.approx(100 * expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("logits, labels, classes, message", [
+    (torch.zeros(2, 3), torch.zeros(3, dtype=int), (), "labels"),
+    (torch.zeros(2, 3), torch.zeros(2, dtype=int), ("a", "b"), "classes"),
+    (torch.zeros(3), torch.zeros(3, dtype=int), (), "labels"),
+    (torch.zeros(2, 3), torch.tensor([0, 3]), (), r"0\.\.2"),
+    (torch.zeros(2, 3), torch.tensor([-1, 0]), (), r"0\.\.2"),
+])
+def test_what_does_not_fit_together_is_rejected(logits, labels, classes, message):
+    with pytest.raises(ValueError, match=message):
+        Results(logits, labels, classes)

@@ -1,0 +1,318 @@
+"""A recipe on data into a folder: what a run writes, where to, and in which precision."""
+
+import json
+import platform
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import (
+    CPU,
+    Small,
+    assert_same_state,
+    cut_off_after,
+    read_history,
+    tiny_images,
+    without_times,
+)
+from utils import InputError, data, devices, files, models, run, training, transforms
+from utils.batches import evaluation_batches
+from utils.models import load_weights
+from utils.recipes import recipe
+
+OPTIONS = run.Options(data="tiny", device="cpu", precision="fp32")
+SHORT = recipe("s10").scaled(epochs=2, batch_size=14).replace(padding=1, cutout=2)
+LIGHTNING = SHORT.replace(loop="lightning")
+
+
+def start(recipe=SHORT, *, images=None, **options):
+    """As the command does it. Returns the folder."""
+    options = replace(OPTIONS, **options)
+    out = run.output_folder(recipe, options)
+    run.run(recipe, images or tiny_images(), options, out)
+    return out
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def quick(small_network, monkeypatch):
+    """All runs here are of the small network, and only the module's `out` has figures."""
+    monkeypatch.setattr(run, "save_figures", lambda *_: [])
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder of a whole run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "custom_resnet", Small)
+        return start(out=tmp_path_factory.mktemp("runs") / "first")
+
+
+# What a run writes
+
+
+def test_a_run_writes_these_files(out):
+    figures = {"schedule", "loss", "accuracy", "per_class", "confusion"}
+    if files.read_metrics(out)["last_epoch"]["test_acc"] < 100:
+        figures.add("misclassified")
+    others = {"checkpoint.pt", "history.csv", "metrics.json", "weights.safetensors"}
+    assert contents(out).keys() == {f"{name}.png" for name in figures} | others
+    for name in figures:
+        with Image.open(out / f"{name}.png") as figure:
+            figure.load()
+            assert min(figure.size) > 100
+
+
+def test_metrics_say_how_the_run_was_made(out):
+    images = tiny_images()
+    mean, std = images.statistics
+    last = read_history(out)[-1]
+    assert last["epoch"] == 2
+    metrics = files.read_metrics(out)
+    assert metrics.pop("training_seconds") == sum(row["seconds"] for row in read_history(out)) > 0
+    assert metrics.pop("versions").items() >= {
+        "python": platform.python_version(), "torch": torch.__version__
+    }.items()
+    assert metrics == {
+        "recipe": json.loads(SHORT.model_dump_json()),
+        "seed": 0,
+        "data": {
+            "name": "tiny", "fingerprint": images.fingerprint,
+            "mean": mean.tolist(), "std": std.tolist(),
+        },
+        "commit": run.current_commit(),
+        "device": devices.device_name(CPU),
+        "precision": "float32",
+        "last_epoch": last,
+    }
+
+
+def test_weights_give_the_reported_accuracy_and_say_what_they_are_of(out):
+    images, model = tiny_images(), load_weights(out / "weights.safetensors")
+    batches = evaluation_batches(images, statistics=(model.mean, model.std), device=CPU)
+    results, last = training.predict(model, batches), read_history(out)[-1]
+    assert results.accuracy == last["test_acc"]
+    assert results.loss == pytest.approx(last["test_loss"], rel=1e-5)
+    pixels = images.train_images.double() / 255
+    assert model.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
+    assert model.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), rel=1e-9)
+    assert model.metadata == {
+        "recipe": "s10", "seed": 0, "model": "custom_resnet", "fc_bias": True,
+        "classes": ["a", "b", "c"], "mean": list(model.mean), "std": list(model.std),
+        "data": images.fingerprint,
+    }
+
+
+def test_a_run_says_what_it_does_and_what_came_out(tmp_path, capsys):
+    start(out=tmp_path / "new")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "data     tiny: 42 training and 18 test images of 8×8 pixels in 3 classes"
+    assert lines[1].startswith("recipe   s10, epochs 2, ")
+    assert lines[2].startswith("device   ") and lines[2].endswith(", float32")
+    assert lines[3] == f"output   {tmp_path / 'new'}"
+    accuracy = read_history(tmp_path / "new")[-1]["test_acc"]
+    assert f"\ntest accuracy {accuracy:.2f} %, " in "\n".join(lines)
+
+
+def test_same_seed_same_weights_other_seed_other_weights(out, tmp_path):
+    again, other = (start(out=tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    name = "weights.safetensors"
+    assert (again / name).read_bytes() == (out / name).read_bytes() != (other / name).read_bytes()
+
+
+def test_the_seed_reaches_the_batches_too(monkeypatch):
+    """With the same weights to begin with."""
+    build = run.build
+    monkeypatch.setattr(run, "build", lambda recipe, images, *, seed: build(recipe, images))
+    weights = [
+        run.train_plain(SHORT, tiny_images(), seed=seed, device=CPU)[0].fc.weight for seed in (0, 1)
+    ]
+    assert not torch.equal(*weights)
+
+
+def test_validation_holds_out_training_images(tmp_path, capsys):
+    """The test images stay unseen: exchanging them changes nothing."""
+    images = tiny_images()
+    first = start(images=images, out=tmp_path / "first", validate=True)
+    assert "39 training and 3 test images" in capsys.readouterr().out
+    changed = replace(images, test_images=255 - images.test_images)
+    second = start(images=changed, out=tmp_path / "second", validate=True)
+    assert files.read_metrics(first)["data"]["name"] == "tiny" + data.HELD_OUT
+    assert without_times(read_history(first)) == without_times(read_history(second))
+    first, second = (load_weights(out / "weights.safetensors") for out in (first, second))
+    assert_same_state(first, second)
+
+
+def test_a_share_is_held_out_where_the_recipe_says_so(tmp_path, capsys):
+    start(SHORT.replace(held_out=0.2), out=tmp_path / "new")
+    assert "33 training, 9 validation and 18 test images" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_changes_no_results(out, tmp_path):
+    mine = Path(shutil.copytree(out, tmp_path / "mine"))
+    start(out=mine, resume=True)
+    before, after = contents(out), contents(mine)
+    for name in ("weights.safetensors", "history.csv", "checkpoint.pt", "metrics.json"):
+        assert after[name] == before[name]
+
+
+def git(folder, *arguments):
+    settings = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    command = ["git", "-C", str(folder), *settings, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
+def test_commit(tmp_path, monkeypatch):
+    current_commit = run.current_commit.__wrapped__  # asked anew each time
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert current_commit() == ""
+    git(tmp_path, "init")
+    (tmp_path / "run.py").write_text("one")
+    git(tmp_path, "add", "run.py")
+    git(tmp_path, "commit", "-m", "one")
+    git(tmp_path, "tag", "a-name")
+    commit = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert current_commit() == commit != ""
+    (tmp_path / "run.py").write_text("two")
+    assert current_commit() == f"{commit}+"
+    monkeypatch.setenv("PATH", "")
+    assert current_commit() == ""
+
+
+# Precision
+
+
+@pytest.mark.parametrize("settings", [SHORT, LIGHTNING], ids=["plain", "lightning"])
+def test_a_resumed_run_keeps_the_precision_in_which_it_was_begun(settings, tmp_path, monkeypatch):
+    """By itself this CPU would take float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    begun = start(settings, out=tmp_path / "begun", precision="bf16")
+    before = (begun / "weights.safetensors").read_bytes()
+    with pytest.raises(InputError, match="^the run was begun in bfloat16; [^\n]*--precision"):
+        start(settings, out=begun, resume=True)
+    (begun / "metrics.json").unlink()
+    start(settings, out=begun, resume=True, precision="auto")
+    assert files.read_metrics(begun)["precision"] == "bfloat16"
+    assert (begun / "weights.safetensors").read_bytes() == before
+    fresh = start(settings, out=tmp_path / "fresh", precision="auto")
+    assert files.read_metrics(fresh)["precision"] == "float32"
+
+
+# Output folders
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_each_run_takes_a_folder_of_its_own_and_says_which(here, capsys):
+    kept = {}
+    for name in ("s10-tiny-seed0", "s10-tiny-seed0-2", "s10-tiny-seed0-3"):
+        path = Path("runs", name)
+        assert start() == path
+        assert f"output   {path}\n" in capsys.readouterr().out
+        assert all(contents(old) == before for old, before in kept.items())
+        kept[path] = contents(path)
+    assert start(seed=7) == Path("runs/s10-tiny-seed7")
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "s10-tiny-seed0", "s10-tiny-seed0-2", "s10-tiny-seed0-3", "s10-tiny-seed7"
+    ]
+
+
+def test_resume_goes_on_in_the_newest_folder(here):
+    first = start(resume=True)  # nothing is there yet
+    before = contents(first)
+    with cut_off_after(4):
+        start()
+    newest = Path("runs/s10-tiny-seed0-2")
+    assert contents(newest).keys() == {"checkpoint.pt"}
+    assert start(resume=True) == newest
+    assert without_times(read_history(newest)) == without_times(read_history(first))
+    assert contents(first) == before and len(list(Path("runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize("source", [".", "", "../colours/", "{}"])
+def test_the_folder_is_called_after_the_folder_of_the_data(here, monkeypatch, source):
+    (here / "colours").mkdir()
+    monkeypatch.chdir(here / "colours")
+    options = replace(OPTIONS, data=source.format(here / "colours"))
+    assert run.output_folder(SHORT, options) == Path("runs/s10-colours-seed0")
+
+
+@pytest.mark.parametrize("options, environment", [
+    ({"devices": 2}, {}), ({"num_nodes": 2}, {}), ({}, {"WORLD_SIZE": "2"}),
+], ids=str)
+def test_several_processes_need_a_named_folder(here, monkeypatch, options, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    options = replace(OPTIONS, **options)
+    with pytest.raises(InputError, match="^several processes need [^\n]*--out"):
+        run.output_folder(LIGHTNING, options)
+    assert run.output_folder(LIGHTNING, replace(options, out=Path("x"))) == Path("x")
+
+
+@pytest.mark.parametrize("name", ["mine", "mine/new", "mine/new/newer"])
+def test_a_file_in_the_place_of_the_folder_is_left_alone(here, name):
+    Path("mine").write_text("mine")
+    with pytest.raises(InputError, match="^mine is a file; [^\n]*--out"):
+        start(out=Path(name))
+    assert Path("mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("settings, checkpoint, options, words", [
+    (SHORT, "checkpoint.pt", {}, "mine holds a run already; add --resume"),
+    (LIGHTNING, "last.ckpt", {}, "mine holds a run already; add --resume"),
+    (LIGHTNING, "checkpoint.pt", {"resume": True}, "mine holds a run of the other loop"),
+    (SHORT, "last.ckpt", {"resume": True}, "mine holds .* other loop; add --loop lightning"),
+    (SHORT, "checkpoint.pt", {"resume": True}, "checkpoint.pt is damaged"),
+    (LIGHTNING, "last.ckpt", {"resume": True}, "last.ckpt is damaged"),
+    (SHORT, "", {"devices": 2}, "--devices, .* need --loop lightning"),
+    (SHORT, "", {"strategy": "ddp"}, "need --loop lightning"),
+])
+def test_a_folder_of_another_run_is_left_alone(here, settings, checkpoint, options, words):
+    mine = Path("mine", checkpoint or "notes.txt")
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(InputError, match=f"^[^\n]*{words}[^\n]*$"):
+        start(settings, out=Path("mine"), **options)
+    assert [path.name for path in here.rglob("*")] == ["mine", mine.name]
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"seed": -1}, "--seed must be .*-1"), ({"seed": 2**32}, "--seed must be .*4294967296"),
+    ({"devices": 0}, "--devices"), ({"num_nodes": -1}, "--num-nodes"),
+], ids=str)
+def test_options_that_can_not_be(options, words):
+    with pytest.raises(InputError, match=words):
+        run.Options(**options)
+
+
+# The real network
+
+
+def test_the_real_network_learns_the_sample(monkeypatch):
+    """Shrunk to 12×12 pixels, of which a linear model tells a quarter; seeds gave 76 to 80 %."""
+    monkeypatch.undo()
+    images = data.builtin_sample()
+    small = {
+        name: transforms.resize(getattr(images, name).float(), 12).round().clamp(0, 255).byte()
+        for name in ("train_images", "test_images")
+    }
+    settings = recipe("s10_cpu").scaled(epochs=3, batch_size=16, max_lr=0.1).replace(
+        sizes=(), padding=1, cutout=0, label_smoothing=0.0
+    )
+    _, history = run.train_plain(settings, replace(images, **small), device=CPU)
+    assert history[-1]["test_acc"] > 60

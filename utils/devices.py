@@ -1,0 +1,89 @@
+"""Which device trains, in which precision, and what it is called."""
+
+import os
+import platform
+
+import torch
+
+from utils import InputError
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cores():
+    """How many cores this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pick_device(name=None):
+    """The named torch.device, or the machine's accelerator, or else its CPU.
+
+    Raises InputError where this machine does not have it.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, ImportError) as error:  # by the kind of device
+        raise InputError(f"no device {name!r} on this machine; try --device cpu") from error
+    return torch.device(name)
+
+
+def amp_dtype(device):
+    """The dtype of mixed precision that pays on the device; None: float32 only.
+
+    bfloat16 on GPUs and CPUs with instructions for it, float16 on older GPUs with tensor cores.
+    """
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip or capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float16 if capability >= (7, 0) else None  # before: no tensor cores
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        native = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
+        return torch.bfloat16 if native else None
+    return None
+
+
+def pick_precision(name, device, begun=None):
+    """The dtype that "fp32", "bf16", "fp16" or "auto" stands for; None: float32 only.
+
+    `begun`: the `dtype_name` in which a run that is resumed was begun. "auto" stays with it; for
+    another InputError is raised.
+    """
+    if name == "auto":
+        dtypes = {dtype_name(dtype): dtype for dtype in PRECISIONS.values()}
+        return dtypes[begun] if begun else amp_dtype(device)
+    if begun not in (None, dtype_name(PRECISIONS[name])):
+        raise InputError(f"the run was begun in {begun}; leave out --precision to go on in it")
+    return PRECISIONS[name]
+
+
+def device_name(device):
+    """What the machine calls the device, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        name = torch.cpu.get_capabilities().get("cpu_name")
+        name = name or platform.processor() or platform.machine()
+        return f"{name} CPU, {torch.get_num_threads()} thread(s)"
+    return str(device)
+
+
+def dtype_name(dtype):
+    """"float32" for None, no mixed precision; "bfloat16", "float16"."""
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
+def autocast(device, dtype):
+    """Mixed precision in `dtype`, or none where that is None."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def synchronize(device):
+    """Waits until the device has done what it was told to."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

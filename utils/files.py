@@ -1,0 +1,133 @@
+"""Files of a run, each writer beside its reader: tables, checkpoints, weights."""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from utils import InputError
+
+CHECKPOINTS = {"plain": "checkpoint.pt", "lightning": "last.ckpt"}
+
+
+@contextmanager
+def whole_file(path):
+    """A path to write to; it takes the place of `path` only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_text(text, path):
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def save_table(rows, path):
+    """Dicts with the same keys as CSV, with all digits."""
+    save_text(pd.DataFrame(list(rows)).to_csv(index=False, lineterminator="\n"), path)
+
+
+def read_table(path):
+    """A DataFrame; empty fields are empty texts."""
+    return pd.read_csv(path, keep_default_na=False)
+
+
+def save_figure(figure, path):
+    """As PNG."""
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", bbox_inches="tight")
+
+
+def read_metrics(out):
+    """What the finished run in the folder `out` says of itself. Raises InputError if it can't."""
+    try:
+        return json.loads(Path(out, "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no finished run in {out}; train it with utils.train first") from error
+
+
+def save_checkpoint(path, identity, history, parts):
+    """`identity`: a dict of plain values; `parts`: objects with a `state_dict`, by name."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with whole_file(path) as part:
+        torch.save({"identity": identity, "history": list(history), **state}, part)
+
+
+def read_checkpoint(path, identity=None, *, device="cpu"):
+    """What `path` holds, a dict. Raises InputError where it is damaged or of another run.
+
+    It is of another run where a value of `identity`, if that is given, differs from its own.
+    """
+    try:
+        # weights_only: a file from elsewhere must not run code
+        saved = torch.load(path, map_location=device, weights_only=True)
+        wanted = saved["identity"] if identity is None else identity
+        differing = [key for key in wanted if saved["identity"].get(key) != wanted[key]]
+    except Exception as error:  # a damaged file raises a dozen kinds, from OSError to UnicodeError
+        raise InputError(
+            f"the checkpoint {path} is damaged or none of ours; delete it to start anew"
+        ) from error
+    if differing:
+        raise InputError(
+            f"the checkpoint {path} belongs to another run (its {' and '.join(differing)} "
+            "differs); delete it or choose another folder (--out)"
+        )
+    return saved
+
+
+def restore_checkpoint(path, identity, parts, *, device):
+    """Puts the saved states into `parts`. Returns the history's rows."""
+    saved = read_checkpoint(path, identity, device=device)
+    for name, part in parts.items():
+        if saved[name]:  # a scaler that was not in use is empty
+            part.load_state_dict(saved[name])
+    return saved["history"]
+
+
+def save_weights(model, path, *, metadata=None, dtype=None):
+    """The model's parameters and statistics as safetensors, for `read_weights`.
+
+    `metadata`: a dict of plain values, kept in the file's header. `dtype`: what floating tensors
+    are stored in, such as torch.float16 for half the size; None leaves them as they are. The same
+    weights and metadata give the same bytes. Raises InputError where a value is too large for
+    `dtype`.
+    """
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if dtype and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+            if not tensor.isfinite().all():
+                raise InputError(f"{name} is too large for {dtype}; leave the weights in float32")
+        tensors[name] = tensor.contiguous()
+    # One entry, because safetensors writes several in an order that changes from file to file.
+    about = {"run": json.dumps(metadata or {}, sort_keys=True)}
+    with whole_file(path) as part:
+        save_file(tensors, part, about)
+
+
+def read_weights(path):
+    """({name: tensor}, metadata) of a file by `save_weights`. No code of the file is run.
+
+    Raises InputError where there is no such file or it is damaged.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no weights file {path}; name one that python -m utils.train wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads((file.metadata() or {}).get("run", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged or no safetensors file; copy it again, or train anew"
+        ) from error

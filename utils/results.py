@@ -1,0 +1,92 @@
+"""What a network makes of labelled images: predictions, and all that is counted from them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import (
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
+
+BINS = 15  # of confidence, from 0 to 1
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Logits float (N, C) and labels int64 (N,) of N images, in their order, on the CPU.
+
+    `classes`: the names of the C classes; without names they are numbered. Shares are in percent.
+    Raises ValueError where shapes or labels do not fit.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        count = self.logits.shape[-1]
+        if not self.classes:
+            object.__setattr__(self, "classes", tuple(map(str, range(count))))
+        shapes = tuple(self.logits.shape), tuple(self.labels.shape)
+        if shapes != ((len(self.labels), len(self.classes)), (len(self.labels),)):
+            raise ValueError(f"logits {shapes[0]}, labels {shapes[1]} of classes {self.classes}")
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < count:
+            raise ValueError(f"labels must lie in 0..{count - 1}")
+
+    @cached_property
+    def predictions(self):
+        """The likeliest class of each image, int64 (N,)."""
+        return self.logits.argmax(1)
+
+    @cached_property
+    def confidences(self):
+        """The probability of the predicted class, float (N,) in 0..1."""
+        return self.logits.softmax(1).amax(1)
+
+    @cached_property
+    def loss(self):
+        """The mean cross-entropy over all images."""
+        return F.cross_entropy(self.logits, self.labels).item()
+
+    @cached_property
+    def accuracy(self):
+        return 100 * (self.predictions == self.labels).sum().item() / len(self.labels)
+
+    @cached_property
+    def confusion(self):
+        """Counts int64 (C, C): rows are true classes, columns predicted ones."""
+        return multiclass_confusion_matrix(self.predictions, self.labels, len(self.classes))
+
+    @cached_property
+    def per_class(self):
+        """The accuracy of each class that occurs, by its name."""
+        rows = zip(self.classes, self.confusion.tolist(), strict=True)
+        return {name: 100 * row[i] / sum(row) for i, (name, row) in enumerate(rows) if sum(row)}
+
+    @cached_property
+    def calibration_error(self):
+        """The expected calibration error over 15 equal bins of confidence.
+
+        Source: Guo et al., "On calibration of modern neural networks" (2017).
+        """
+        return 100 * multiclass_calibration_error(
+            self.logits.softmax(1), self.labels, len(self.classes), n_bins=BINS
+        ).item()
+
+    def misclassified(self, count=10):
+        """Indices int64 of at most `count` wrong predictions, spread evenly over all of them."""
+        wrong = (self.predictions != self.labels).nonzero().squeeze(1)
+        return wrong[torch.linspace(0, len(wrong) - 1, min(count, len(wrong))).long()]
+
+    def most_confused(self, count=3):
+        """The pairs of classes with the most mistakes, either way: [(mistakes, name, name), …]."""
+        errors = self.confusion.clone().fill_diagonal_(0)
+        pairs = (errors + errors.T).triu()
+        mistakes, places = pairs.flatten().topk(min(count, pairs.numel()))
+        return [
+            (number, *(self.classes[i] for i in divmod(place, len(self.classes))))
+            for number, place in zip(mistakes.tolist(), places.tolist(), strict=True) if number
+        ]
