@@ -300,6 +300,19 @@ def test_after_a_range_test_all_is_as_if_there_had_been_none(name, capsys):
     one_cycle(optimizer, settings, total_steps=10)
 
 
+def test_range_test_that_is_interrupted_puts_everything_back():
+    model, batches, optimizer = make_task()
+    other, *_ = make_task()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lr_range_test(model, batches, optimizer, S10, steps=20)
+    assert_same_state(model, other)
+
+
 def test_range_test_takes_the_batches_of_a_recipe():
     """More steps than an epoch has."""
     settings = SGD.replace(batch_size=16, cutout=2)

@@ -1,10 +1,11 @@
-"""The README's figures come from files, and its commands are the ones that there are."""
+"""The README's figures come from files; its commands, and the notebooks', are those there are."""
 
 import importlib
 import re
 import shlex
 from pathlib import Path
 
+import nbformat
 import pytest
 import tyro
 
@@ -15,8 +16,12 @@ from utils.recipes import RECIPES
 ROOT = tables.ROOT
 README = tables.README.read_text(encoding="utf-8")
 RUNS = sorted(tables.IMAGES.glob("*/runs.csv"))
-CODE = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", README, re.DOTALL | re.MULTILINE))
-COMMANDS = re.findall(r"-m (utils\b[^`\n]*)", CODE.replace("\\\n", ""))
+PROSE = "\n".join([README, *(
+    cell.source for path in sorted(ROOT.glob("*.ipynb"))
+    for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"
+)])
+CODE = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", PROSE, re.DOTALL | re.MULTILINE))
+COMMANDS = sorted(set(re.findall(r"-m (utils\b[^`\n]*)", CODE.replace("\\\n", ""))))
 
 
 def test_tables_are_those_of_the_files():

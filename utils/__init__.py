@@ -1,4 +1,4 @@
-"""What the notebooks import: recipes, data, transforms, model, schedule, training, pictures."""
+"""The package under both notebooks; the README says what lies where."""
 
 
 class InputError(ValueError):

@@ -34,7 +34,7 @@ def training_batches(recipe, images, *, seed=0, device, rank=0, processes=1, wor
     pixels, labels = images.train_images, images.train_labels
     order = EpochOrder(len(labels), seed=seed, rank=rank, processes=processes)
     smallest = min(recipe.sizes or pixels.shape[-2:])
-    if len(order) % batch_size == 1 and smallest < 16:
+    if len(order) % batch_size == 1 and smallest < 16:  # an eighth of the side is left at the end
         raise InputError(
             f"the last batch is a single image of {smallest} pixels a side, which BatchNorm can't "
             "normalise; choose another --batch-size"
@@ -54,13 +54,13 @@ def evaluation_batches(images, split="test", *, statistics=None, device, rank=0,
     processes each takes every n-th image, in as many batches as the others. Raises InputError
     for fewer images than processes.
     """
-    tensors = [getattr(images, f"{split}_{kind}") for kind in ("images", "labels")]
-    if len(tensors[0]) < processes:
-        raise InputError(f"{len(tensors[0])} images can't be shared by {processes} processes")
-    count = -(-len(tensors[0]) // (processes * EVALUATION_BATCH))
-    shares = (tensor[rank::processes].to(device).tensor_split(count) for tensor in tensors)
+    pixels, labels = (getattr(images, f"{split}_{kind}") for kind in ("images", "labels"))
+    if len(labels) < processes:
+        raise InputError(f"{len(labels)} images can't be shared by {processes} processes")
+    count = -(-len(labels) // (processes * EVALUATION_BATCH))
+    shares = (x[rank::processes].to(device).tensor_split(count) for x in (pixels, labels))
     normalize = Normalization(*(statistics or images.statistics))
-    return DataLoader(
+    return DataLoader(  # which does nothing but normalise each batch when its turn comes
         list(zip(*shares, strict=True)), batch_size=None, generator=torch.Generator(),
         collate_fn=lambda batch: (normalize(batch[0]), batch[1]),
     )

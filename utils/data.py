@@ -40,7 +40,7 @@ class ImageData:
 
     @cached_property
     def fingerprint(self):
-        """Sixteen hexadecimal digits of the SHA-256 of all images, labels and class names."""
+        """Sixteen hexadecimal digits of the SHA-256 of training and test images and class names."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(str(tuple(tensor.shape)).encode())
@@ -182,7 +182,7 @@ def _read_picture(name):
 
 
 def validation_split(labels, *, fraction=0.1, seed=0):
-    """Indices (training, validation), both sorted: `fraction` of each class, drawn by `seed`."""
+    """Sorted indices int64 (training, validation): `fraction` of each class, drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():

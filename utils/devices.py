@@ -34,7 +34,8 @@ def pick_device(name=None):
 def amp_dtype(device):
     """The dtype of mixed precision that pays on the device; None: float32 only.
 
-    bfloat16 on GPUs and CPUs with instructions for it, float16 on older GPUs with tensor cores.
+    bfloat16 on NVIDIA and AMD GPUs and on CPUs with instructions for it, float16 on older GPUs
+    with tensor cores; float32 on all other devices.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)

@@ -9,7 +9,7 @@ import tyro
 from utils import data, devices, run
 from utils.models import load_weights
 from utils.results import BINS
-from utils.train import one_line_errors
+from utils.train import as_command
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Arguments:
 
 
 def main(arguments=None):
-    with one_line_errors():
+    with as_command():
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.evaluate")
         device = devices.pick_device(args.device)
         dtype = devices.pick_precision(args.precision, device)

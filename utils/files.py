@@ -29,13 +29,14 @@ def whole_file(path):
 
 
 def save_text(text, path):
+    """As UTF-8, with the same line ends on all platforms."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
 def save_table(rows, path):
-    """Dicts with the same keys as CSV, with all digits."""
-    save_text(pd.DataFrame(list(rows)).to_csv(index=False, lineterminator="\n"), path)
+    """A DataFrame, or dicts with the same keys, as CSV, with all digits."""
+    save_text(pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"), path)
 
 
 def read_table(path):

@@ -50,10 +50,9 @@ class ImageDataModule(LightningDataModule):
 
     def place(self):
         """Which device, and which of how many processes, this one is."""
-        strategy = self.trainer.strategy
         return {
-            "device": strategy.root_device, "rank": self.trainer.global_rank,
-            "processes": self.trainer.world_size,
+            "device": self.trainer.strategy.root_device,
+            "rank": self.trainer.global_rank, "processes": self.trainer.world_size,
         }
 
     def train_dataloader(self):
@@ -230,7 +229,7 @@ def make_trainer(
         raise InputError(f"Lightning: {' '.join(str(error).split())}") from error
 
 
-def fit_trainer(trainer, module, images, *, resume=False):
+def fit_trainer(trainer, module, datamodule, *, resume=False):
     """Trains `module` on an `ImageDataModule`. Returns the history, a list.
 
     With `resume` a run that was cut off goes on after its last whole epoch. Raises InputError
@@ -242,7 +241,7 @@ def fit_trainer(trainer, module, images, *, resume=False):
     if checkpoint:
         files.read_checkpoint(checkpoint, module.identity)
     try:
-        trainer.fit(module, images, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from None
     return table.history

@@ -167,7 +167,7 @@ def dirac_init(model):
 
 @torch.no_grad()
 def whiten_init(model, images):
-    """Makes the first convolution's outputs uncorrelated and of one variance on `images`.
+    """Makes the first convolution's outputs uncorrelated on `images`, the large ones of variance 1.
 
     `images`: float (N, 3, H, W), normalised as in training. The filters are the eigenvectors of
     their 3×3 patches' covariance, each over the root of its eigenvalue, and the same negated;

@@ -21,8 +21,8 @@ def make_optimizer(model, recipe, *, dtype=None):
     """The recipe's optimizer, at the rate where its schedule starts.
 
     With `logit_scale` s the linear layer is in a group of its own, with the "factor" s² for its
-    rate. Under SGD, but for decay, this is training with the logits times s: for weights w·s the
-    gradient is s times as large, and a step of w moves the logits s times as far.
+    rate. Under SGD, but for decay and the first bias, this is training with the logits times s: for
+    weights w·s the gradient is s times as large, and a step of w moves the logits s times as far.
     """
     groups = {1.0: []}
     for name, parameter in model.named_parameters():
@@ -88,7 +88,8 @@ def lr_range_test(
     With the recipe's label smoothing, clipping and factors of rates. Model and optimizer are put
     back as they were. Returns (rates, losses, suggestion): two lists, the losses smoothed, and
     the rate where the loss falls fastest on its way to the lowest. Stops early where the loss is
-    twice the lowest. `dtype`: of mixed precision, None for float32.
+    twice the lowest. `dtype`: of mixed precision, None for float32. Raises InputError where the
+    loss is not finite from the start.
     Source: Smith, "Cyclical learning rates for training neural networks" (2017).
     """
     device = next(model.parameters()).device
@@ -109,19 +110,21 @@ def lr_range_test(
 
     lr_finder.tqdm = progress_bar  # its own is a widget in notebooks
     hook = optimizer.register_step_pre_hook(before_step)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints how to draw its own plot
-        finder.range_test(
-            TrainDataLoaderIter(batches), start_lr=start_lr, end_lr=end_lr, num_iter=steps,
-            smooth_f=smoothing, diverge_th=2,
-        )
-    hook.remove()
-    finder.reset()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how to draw its own plot
+            finder.range_test(
+                TrainDataLoaderIter(batches), start_lr=start_lr, end_lr=end_lr, num_iter=steps,
+                smooth_f=smoothing, diverge_th=2,
+            )
+    finally:
+        hook.remove()
+        finder.reset()
     rates, losses = finder.history["lr"], finder.history["loss"]
     finite = np.isfinite(losses)  # the library goes on after a loss that is not a number
     end = len(losses) if finite.all() else int(finite.argmin())
-    rates, losses = rates[:end], losses[:end]
     if end < 2:
         raise InputError(f"the loss is not finite at a rate of {start_lr}; start lower")
+    rates, losses = rates[:end], losses[:end]
     before_lowest = losses[: max(int(np.argmin(losses)), 1) + 1]  # after it, noise decides
     return rates, losses, rates[int(np.gradient(before_lowest).argmin())]
 

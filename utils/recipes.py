@@ -26,8 +26,9 @@ class Recipe(BaseModel):
     """The settings of one training run. Rates are per optimizer step, accuracies in percent.
 
     The learning rate rises from `min_lr` to `max_lr`, reached at the end of epoch `peak_epoch`,
-    and falls to `final_lr` at the last step. Raises InputError, in one line, for settings that
-    can't be.
+    and falls to `final_lr` at the last step. Each field is a flag of `utils.train`, and the text
+    below it its help. A new field makes older checkpoints those of another recipe. Raises
+    InputError, in one line, for settings that can't be.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -58,7 +59,7 @@ class Recipe(BaseModel):
     weight_decay: NonNegativeFloat = 0.0
     """decay of all parameters"""
     label_smoothing: Share = 0.0
-    """share of the target that is spread over all classes"""
+    """share of the target that is spread over all classes, in the training loss alone"""
     gradient_clip: PositiveFloat | None = None
     """largest absolute value of a gradient's element"""
     padding: NonNegativeInt = 4
@@ -84,7 +85,7 @@ class Recipe(BaseModel):
     per_image: bool = False
     """augment by albumentations image by image, instead of whole batches in torch"""
     held_out: Annotated[float, Field(ge=0, le=0.9)] = 0.0
-    """share of the training images that is kept for validation"""
+    """share of the training images that is kept for validation, which only Lightning looks at"""
     loop: Literal["plain", "lightning"] = "plain"
     """our own loop, or PyTorch Lightning's"""
     claimed: dict[str, float] = {}

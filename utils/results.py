@@ -53,6 +53,7 @@ class Results:
 
     @cached_property
     def accuracy(self):
+        """The share of right predictions."""
         return 100 * (self.predictions == self.labels).sum().item() / len(self.labels)
 
     @cached_property

@@ -58,7 +58,8 @@ def main(arguments=None):
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
     stdout = sys.stdout if first else io.StringIO()
-    with contextlib.redirect_stdout(stdout), one_line_errors(first):
+    hint = "; the same command with --resume goes on from the last whole epoch"
+    with contextlib.redirect_stdout(stdout), as_command(first, hint=hint):
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.train")
         out = run.output_folder(args.chosen(), args)  # refused before pictures are read
         images = data.load(args.data)
@@ -66,16 +67,15 @@ def main(arguments=None):
 
 
 @contextlib.contextmanager
-def one_line_errors(aloud=True):
-    """For a command: InputError and Ctrl-C end it with one line, or without a word."""
-    plt.switch_backend("Agg")  # figures go to files; no window, no display needed
+def as_command(aloud=True, *, hint=""):
+    """For a command: draws to files alone; InputError and Ctrl-C end it with one line, or none."""
+    plt.switch_backend("Agg")  # no window, no display needed
     try:
         yield
     except InputError as error:
         sys.exit(f"error: {error}" if aloud else 1)
     except KeyboardInterrupt:
-        message = "\ninterrupted; the same command with --resume goes on from the last whole epoch"
-        sys.exit(message if aloud else 1)
+        sys.exit(f"\ninterrupted{hint}" if aloud else 1)
 
 
 if __name__ == "__main__":

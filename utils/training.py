@@ -41,6 +41,7 @@ def table(history):
 
 
 def assert_finite(loss):
+    """Raises InputError for a loss, a number or a scalar tensor, that is not finite."""
     if not math.isfinite(loss):
         raise InputError(
             "the loss is not finite any more; lower the recipe's max_lr or give more epochs "

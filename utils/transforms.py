@@ -1,8 +1,9 @@
 """Augmentation and normalisation, once image by image and once for whole batches.
 
-Both do the same: pad 4 pixels a side, black or mirrored (32×32 becomes 40×40), crop a random
-32×32, flip left-right with probability 0.5, where the recipe says so turn and brighten or darken,
-normalise, and set one random 8×8 square to 0, which after normalisation is the data set's mean.
+Both do what the recipe says, by default: pad 4 pixels a side (32×32 becomes 40×40), crop a random
+32×32, flip left-right with probability 0.5, turn and brighten or darken, normalise, and set one
+random 8×8 square to 0, which after normalisation is the data set's mean. Only the batched form
+can bring images to another size.
 """
 
 import os
@@ -92,6 +93,7 @@ def albumentations_pipeline(recipe, mean, std, *, size=(32, 32)):
     steps.append(A.Normalize(mean=tuple(map(float, mean)), std=tuple(map(float, std))))
     if recipe.cutout:
         hole = {f"hole_{side}_range": (recipe.cutout,) * 2 for side in ("height", "width")}
+        # after Normalize, so that 0 is the mean
         steps.append(A.CoarseDropout(num_holes_range=(1, 1), **hole, fill=0, p=1))
     return A.Compose([*steps, ToTensorV2()])
 

@@ -30,7 +30,7 @@ from utils.models import CustomResNet, build
 from utils.optimization import make_optimizer
 from utils.progress import progress_bar
 from utils.recipes import recipe
-from utils.train import one_line_errors
+from utils.train import as_command
 
 BATCH_SIZE = 256
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -58,7 +58,7 @@ class Arguments:
 
 
 def main(arguments=None):
-    with one_line_errors():
+    with as_command():
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.maintenance.benchmark")
         device = devices.pick_device(args.device)
         name = f"{devices.device_name(device)}, {devices.dtype_name(devices.amp_dtype(device))}"
@@ -67,7 +67,7 @@ def main(arguments=None):
         print(table.to_string(index=False, float_format="{:,.2f}".format))
         if args.record:
             folder = tables.IMAGES / "benchmark"
-            files.save_table(table.assign(device=name).to_dict("records"), folder / "speeds.csv")
+            files.save_table(table.assign(device=name), folder / "speeds.csv")
             plotting.use_style()
             files.save_figure(plotting.time_by_phase(phases).figure, folder / "time_by_phase.png")
             tables.write()
@@ -192,9 +192,9 @@ def training_speeds(images, *, device, dtype, batch_size, repeats):
     settings = recipe("s10").scaled(epochs=epochs, batch_size=batch_size)
     speeds = {PLAIN: [], OURS: [], LIGHTNING: []}
     for _ in progress_bar(range(2), desc="training"):
+        workers = min(devices.cores(), 8)
         speeds[PLAIN] += plain_speeds(
-            images, epochs=epochs, device=device, batch_size=batch_size,
-            workers=min(devices.cores(), 8),
+            images, epochs=epochs, device=device, batch_size=batch_size, workers=workers
         )
         # the others print a table of epochs, which says nothing here
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):

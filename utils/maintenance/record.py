@@ -13,7 +13,7 @@ from utils import InputError, data, devices, files, plotting, run
 from utils.maintenance import tables
 from utils.models import load_weights
 from utils.recipes import ABOUT_THE_SOURCE, RECIPES, Recipe, recipe
-from utils.train import one_line_errors
+from utils.train import as_command
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Arguments:
 
 
 def main(arguments=None):
-    with one_line_errors():
+    with as_command():
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.maintenance.record")
         if bool(args.runs) == bool(args.tuning):
             raise InputError("give either --from DIR … or --tuning DIR …")
@@ -87,7 +87,7 @@ def keep(name, outs, images, folder, *, weights=False, device):
 
     for old in (*folder.glob("history_seed*.csv"), folder / "weights.safetensors"):
         old.unlink(missing_ok=True)
-    files.save_table(table.to_dict("records"), folder / "runs.csv")
+    files.save_table(table, folder / "runs.csv")
     for _, metrics, out in runs:
         shutil.copyfile(out / "history.csv", folder / f"history_seed{metrics['seed']}.csv")
     for figure in median.glob("*.png"):

@@ -65,7 +65,7 @@ def tuning(name, folder=IMAGES):
 
 
 def speeds(folder=IMAGES):
-    """What `utils.maintenance.benchmark --csv` measured."""
+    """What `utils.maintenance.benchmark --record` measured."""
     table = files.read_table(Path(folder, "benchmark", "speeds.csv"))
     rows = []
     for row in table.itertuples():
