@@ -1,5 +1,11 @@
 """Which device and which precision, and training on the accelerator where there is one."""
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,6 +25,30 @@ def test_a_device_that_is_not_there_is_named_in_one_line(name):
 def test_without_an_accelerator_the_best_device_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
     assert devices.pick_device() == devices.pick_device("cpu") == CPU
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc gives freed memory back at once"
+)
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_is_kept(kept):
+    """Of 400 MB that are filled and freed, in a process of its own."""
+    script = f"""
+import torch
+from pathlib import Path
+from utils import devices
+def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+if {kept}: devices.keep_memory()
+before = resident()
+tensor = torch.ones(100_000_000)
+del tensor
+print(resident() - before)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    ).stdout
+    assert (float(output) > 350) == kept
 
 
 @pytest.mark.parametrize("abilities, dtype", [

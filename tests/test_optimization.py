@@ -210,11 +210,19 @@ def test_momentum_cycles_where_that_is_wanted():
     ]
 
 
-def test_resnet9_as_published_has_torchs_defaults():
+@pytest.mark.parametrize("name, highest, settings", [
+    ("s10", 5.21e-4, {"pct_start": 0.2, "div_factor": 100, "final_div_factor": 100}),
+    ("s10_20", 0.017, {"pct_start": 5 / 24, "div_factor": 10, "final_div_factor": 1}),
+    ("s10_albumentations", 0.0438, {
+        "pct_start": 0.2, "div_factor": 100, "final_div_factor": 1e4, "anneal_strategy": "linear",
+    }),
+    ("resnet9", 0.01, {}),  # torch's defaults
+])
+def test_published_schedules_are_those_of_their_sources(name, highest, settings):
     ours, torchs = with_parameter(), with_parameter()
-    source = recipe("resnet9").as_published()
+    source = recipe(f"{name}_published")
     first = read_groups(ours, one_cycle(ours, source, total_steps=1000), 1000, "lr", "betas")
-    schedule = OneCycleLR(torchs, 0.01, epochs=8, steps_per_epoch=125)
+    schedule = OneCycleLR(torchs, highest, total_steps=1000, **settings)
     second = read_groups(torchs, schedule, 1000, "lr", "betas")
     for (rate, betas), (expected, expected_betas) in zip(first, second, strict=True):
         assert rate == pytest.approx(expected, rel=1e-9)

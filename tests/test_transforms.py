@@ -135,6 +135,13 @@ def test_outside_the_hole_nothing_changes(augment):
     assert torch.equal(outputs, torch.where(outputs == 0, 0, plain))
 
 
+def test_a_share_of_the_images_gets_a_hole(augment):
+    recipe = OFF.replace(cutout=8, cutout_share=0.3)
+    holes = (augment(white(DRAWS), recipe, (MEAN, STD)) == 0).all(1).sum((1, 2))
+    assert set(holes.tolist()) == {0, 64}
+    assert (holes == 64).double().mean().item() == pytest.approx(0.3, abs=0.05)
+
+
 @pytest.mark.parametrize("size", [0, 1, 12])
 def test_other_hole_sizes(augment, size):
     outputs = augment(white(50), OFF.replace(cutout=size), (MEAN, STD))

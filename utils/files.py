@@ -5,6 +5,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,9 +46,10 @@ def read_table(path):
 
 
 def save_figure(figure, path):
-    """As PNG."""
+    """As PNG; the figure is closed."""
     with whole_file(path) as part:
         figure.savefig(part, format="png", bbox_inches="tight")
+    plt.close(figure)
 
 
 def read_metrics(out):

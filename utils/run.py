@@ -95,6 +95,7 @@ def output_folder(recipe, options):
 def run(recipe, images, options, out):
     """Trains the recipe on an `ImageData` and writes everything to the folder `out`."""
     start, commit = time.perf_counter(), current_commit()
+    devices.keep_memory()
     device, begun = devices.pick_device(options.device), None
     checkpoint = out / files.CHECKPOINTS[recipe.loop]
     if options.resume and checkpoint.exists():
@@ -239,7 +240,6 @@ def save_figures(out, recipe, images, results, history):
         plt.gcf().suptitle(f"{recipe.name} on {images.name}")
         paths.append(out / f"{name}.png")
         files.save_figure(plt.gcf(), paths[-1])
-        plt.close()
     return paths
 
 

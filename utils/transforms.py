@@ -55,7 +55,8 @@ class BatchAugmentation:
             images = random_rotation(images.float(), recipe.rotation, generator)
         if recipe.brightness:
             images = random_brightness(images.float(), recipe.brightness, generator)
-        images = cutout(self.normalize(images), recipe.cutout, generator)
+        images = self.normalize(images)
+        images = cutout(images, recipe.cutout, generator, share=recipe.cutout_share)
         return resize(images, recipe.size(epoch))
 
 
@@ -94,7 +95,9 @@ def albumentations_pipeline(recipe, mean, std, *, size=(32, 32)):
     if recipe.cutout:
         hole = {f"hole_{side}_range": (recipe.cutout,) * 2 for side in ("height", "width")}
         # after Normalize, so that 0 is the mean
-        steps.append(A.CoarseDropout(num_holes_range=(1, 1), **hole, fill=0, p=1))
+        steps.append(
+            A.CoarseDropout(num_holes_range=(1, 1), **hole, fill=0, p=recipe.cutout_share)
+        )
     return A.Compose([*steps, ToTensorV2()])
 
 
@@ -178,11 +181,12 @@ def random_brightness(images, spread, generator=None):
     return (images * factors.view(-1, 1, 1, 1)).clamp(0, 255)
 
 
-def cutout(images, size, generator=None):
+def cutout(images, size, generator=None, *, share=1.0):
     """Sets a `size`×`size` square of each image to 0, at a place of its own wholly inside.
 
     `images`: normalised float (N, C, H, W), where 0 is the data set's mean; changed in place.
-    Raises InputError where the square does not fit.
+    `share`: the probability of that; 1 takes no draw. Raises InputError where the square does not
+    fit.
     """
     n, _, height, width = images.shape
     if size > min(height, width):
@@ -190,5 +194,10 @@ def cutout(images, size, generator=None):
     top = _draw(n, height - size, images, generator).view(n, 1, 1)
     left = _draw(n, width - size, images, generator).view(n, 1, 1)
     image, side = (torch.arange(count, device=images.device) for count in (n, size))
-    images[image.view(n, 1, 1), :, top + side.view(size, 1), left + side] = 0
+    hole = image.view(n, 1, 1), slice(None), top + side.view(size, 1), left + side
+    if share < 1:
+        cut = torch.rand(n, device=images.device, generator=generator) < share
+        images[hole] = torch.where(cut.view(n, 1, 1, 1), 0, images[hole])
+    else:
+        images[hole] = 0
     return images

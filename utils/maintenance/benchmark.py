@@ -11,7 +11,9 @@ import itertools
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import pandas as pd
 import torch
@@ -37,6 +39,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 SINGLE, BATCHED = "input, one image at a time", "input, whole batches"
 PLAIN, OURS = "training, plain", "training, ours"
 LIGHTNING = "training, ours in Lightning"
+KEPT = "training, freed memory given back", "training, freed memory kept"
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,16 @@ def measure(*, device, images=1024, batch_size=BATCH_SIZE, repeats=2):
     speeds |= training_speeds(
         pixels, device=device, dtype=dtype, batch_size=batch_size, repeats=repeats
     )
+    for kept in (False, True):
+        speeds[KEPT[kept]] = kept_speeds(
+            kept, pixels, device=device, dtype=dtype, batch_size=batch_size, epochs=1 + repeats
+        )
     for name, values in speeds.items():
         add(name, "images/s", values)
     add("whole batches over one image at a time", "times", speeds[BATCHED], speeds[SINGLE])
     add("our training over plain", "times", speeds[OURS], speeds[PLAIN])
     add("Lightning over our loop", "times", speeds[LIGHTNING], speeds[OURS])
+    add("freed memory kept over given back", "times", speeds[KEPT[True]], speeds[KEPT[False]])
     flops = training_flops()
     add("our training over the matrix product", "times", speeds[OURS], limit, scale=flops)
     by_phase = step_phases(pixels, device=device, dtype=dtype, batch_size=batch_size)
@@ -196,14 +204,31 @@ def training_speeds(images, *, device, dtype, batch_size, repeats):
         speeds[PLAIN] += plain_speeds(
             images, epochs=epochs, device=device, batch_size=batch_size, workers=workers
         )
-        # the others print a table of epochs, which says nothing here
-        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            how = {"device": device, "dtype": dtype}
-            _, ours = run.train_plain(settings, images, **how)
-            _, lightning = run.train_lightning(settings, images, out=out, **how)
-        speeds[OURS] += [row["images_per_s"] for row in ours[1:]]
-        speeds[LIGHTNING] += [row["images_per_s"] for row in lightning[1:]]
+        how = {"device": device, "dtype": dtype}
+        speeds[OURS] += quiet_speeds(run.train_plain, settings, images, **how)
+        with tempfile.TemporaryDirectory() as out:
+            speeds[LIGHTNING] += quiet_speeds(
+                run.train_lightning, settings, images, out=out, **how
+            )
     return speeds
+
+
+def quiet_speeds(train, settings, images, **how):
+    """Images/s of each epoch after the first, without the table of epochs on the way."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        _, history = train(settings, images, **how)
+    return [row["images_per_s"] for row in history[1:]]
+
+
+def kept_speeds(kept, images, *, epochs, batch_size, **how):
+    """Images/s of each epoch after the first, with freed memory kept or given back.
+
+    In a process of its own: the C library's defaults don't come back.
+    """
+    settings = recipe("s10").scaled(epochs=epochs, batch_size=batch_size)
+    spawn, prepare = get_context("spawn"), devices.keep_memory if kept else None
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=prepare) as process:
+        return process.submit(quiet_speeds, run.train_plain, settings, images, **how).result()
 
 
 def phases(batches, model, optimizer, *, device, dtype=None, layout=torch.contiguous_format):
