@@ -1,9 +1,13 @@
 """How the notebooks are stored: readable on GitHub, run in order, free of noise."""
 
+import http.server
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import urllib.parse
 from pathlib import Path
 
 import nbformat
@@ -92,3 +96,97 @@ print(folder)
         env={**os.environ, "COURSE_DATA": "sample"}, timeout=120, check=True,
     )
     assert not Path(process.stdout.strip()).exists() and process.stdout.strip()
+
+
+# The first cell, in Colab
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """Plays Colab's own server: a function that sets what it answers."""
+    answer = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path == "/api/sessions"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer[-1].encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("COLAB_JUPYTER_IP", "127.0.0.1")
+    monkeypatch.setenv("KMP_TARGET_PORT", str(server.server_port))
+    yield answer.append
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def first_cell(notebook, tmp_path, monkeypatch):
+    """A function that runs it in an empty folder; git and pip are noted, not run."""
+    commands = []
+
+    def note(command, check):
+        commands.append(command)
+        if command[0] == "git":
+            Path(command[-1], "utils").mkdir(parents=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", note)
+    source = code_cells(notebook)[0].source
+    return lambda **changes: (
+        exec(re.sub('REPOSITORY = ""', f"REPOSITORY = {changes.get('repository', '')!r}", source)),
+        commands,
+    )[1]
+
+
+def opened_from(address):
+    return json.dumps([{"path": f"fileId={urllib.parse.quote(address, safe='')}"}])
+
+
+@pytest.mark.parametrize("name, branch", [
+    ("owner/course", "main"), ("owner/course", "a/branch/with-slashes"), ("a-fork/of_it", "main"),
+])
+def test_colab_fetches_what_the_notebook_was_opened_from(sessions, first_cell, name, branch):
+    sessions(opened_from(f"https://github.com/{name}/blob/{branch}/S10_custom_resnet.ipynb"))
+    (git,) = first_cell()
+    assert git == ["git", "clone", "--depth", "1", "--branch", branch,
+                   f"https://github.com/{name}", "course"]
+    assert Path.cwd().name == "course"
+
+
+@pytest.mark.parametrize("answer", [
+    opened_from("1AbC-dEf"), "[]", "{}", "not json", '[{"path": 3}]',
+], ids=["Drive", "no session", "another form", "no JSON", "no text"])
+def test_opened_from_elsewhere_it_asks_for_the_address(sessions, first_cell, answer):
+    sessions(answer)
+    with pytest.raises(SystemExit, match="^utils/ is missing: set REPOSITORY, above$"):
+        first_cell()
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("port", [None, "1"], ids=["not in Colab", "no server"])
+def test_without_the_server_it_asks_for_the_address(first_cell, monkeypatch, port):
+    if port:
+        monkeypatch.setenv("COLAB_JUPYTER_IP", "127.0.0.1")
+        monkeypatch.setenv("KMP_TARGET_PORT", port)
+    with pytest.raises(SystemExit, match="set REPOSITORY"):
+        first_cell()
+
+
+def test_an_address_given_by_hand_is_taken(first_cell):
+    (git,) = first_cell(repository="https://example.org/course")
+    assert git[-2:] == ["https://example.org/course", "course"]
+
+
+def test_colab_installs_what_the_package_needs(first_cell, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    Path("utils").mkdir()
+    (install,) = first_cell()
+    assert install[1:] == ["-m", "pip", "install", "-qr", "utils/requirements.txt"]
+    needed = Path(__file__).parents[1].joinpath("utils/requirements.txt").read_text("utf-8")
+    assert "torch>" in needed and "pytest" not in needed
