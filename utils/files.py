@@ -42,7 +42,7 @@ def save_table(rows, path):
 
 def read_table(path):
     """A DataFrame; empty fields are empty texts."""
-    return pd.read_csv(path, keep_default_na=False)
+    return pd.read_csv(path, keep_default_na=False, float_precision="round_trip")
 
 
 def save_figure(figure, path):
