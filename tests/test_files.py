@@ -1,5 +1,6 @@
 """Files that are whole or not there, and files that are damaged, foreign or evil."""
 
+import csv
 import json
 import pathlib
 import pickle
@@ -50,11 +51,24 @@ def test_the_old_file_is_kept_when_the_block_raises(tmp_path):
     st.integers(0, 2**53), st.floats(allow_nan=False, allow_infinity=False),
     st.text(st.characters(categories=["L", "N", "P", "Zs"]), max_size=5).map("<{}>".format),
 ), min_size=1))
-def test_a_table_is_read_as_it_was_written_with_all_digits(tmp_path_factory, rows):
+def test_a_table_is_written_with_all_digits_and_read_again(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "table.csv"
     rows = [dict(zip(("epoch", "lr", "name"), row, strict=True)) for row in rows]
     files.save_table(rows, path)
-    assert files.read_table(path).to_dict("records") == rows
+    with open(path, newline="", encoding="utf-8") as file:
+        assert [
+            {"epoch": int(row["epoch"]), "lr": float(row["lr"]), "name": row["name"]}
+            for row in csv.DictReader(file)
+        ] == rows
+    for row, expected in zip(files.read_table(path).to_dict("records"), rows, strict=True):
+        assert row == {**expected, "lr": pytest.approx(expected["lr"], rel=1e-15)}  # older pandas
+
+
+def test_commits_and_versions_of_digits_alone_stay_texts(tmp_path):
+    row = {"commit": "1133556", "data": "0012345678901234", "torch": "2.10", "epochs": 5}
+    files.save_table([row, {**row, "commit": "12e4567"}], tmp_path / "t.csv")
+    first, second = files.read_table(tmp_path / "t.csv").to_dict("records")
+    assert first == row and second["commit"] == "12e4567"
 
 
 def test_empty_fields_of_a_table_are_empty_texts(tmp_path):

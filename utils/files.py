@@ -41,8 +41,9 @@ def save_table(rows, path):
 
 
 def read_table(path):
-    """A DataFrame; empty fields are empty texts."""
-    return pd.read_csv(path, keep_default_na=False, float_precision="round_trip")
+    """A DataFrame. Empty fields, versions, commits and fingerprints are texts."""
+    texts = dict.fromkeys(("python", "torch", "torchvision", "commit", "data"), str)
+    return pd.read_csv(path, dtype=texts, keep_default_na=False)
 
 
 def save_figure(figure, path):

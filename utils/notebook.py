@@ -13,14 +13,14 @@ from utils import data, devices
 from utils.recipes import recipe
 
 CPU_EPOCHS = 5
-SAMPLE_EPOCHS = 2
+SAMPLE_EPOCHS = 1
 _temporary = []  # folders that vanish with the notebook's process
 
 
 def begin(name):
     """(recipe, images, device, dtype, folder) for the notebook of the recipe `name`.
 
-    On a CPU the recipe is shortened to five epochs, on the sample to two; its peak stays at the
+    On a CPU the recipe is shortened to five epochs, on the sample to one; its peak stays at the
     same fraction. `folder` keeps the checkpoints, so that a run that was cut off can go on; for
     the sample it is a new temporary one.
     """
