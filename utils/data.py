@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from torchvision import datasets
 
 from utils import InputError, sample
@@ -179,6 +180,17 @@ def _read_picture(name):
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"the picture {name} can't be read; replace or delete it") from error
+
+
+def halve(data):
+    """The data at half the sides, each pixel the mean of four: a quarter of the work."""
+    def smaller(images):
+        return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
+
+    return replace(
+        data, name=f"{data.name} at half its size",
+        train_images=smaller(data.train_images), test_images=smaller(data.test_images),
+    )
 
 
 def validation_split(labels, *, fraction=0.1, seed=0):
