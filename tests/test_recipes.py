@@ -20,7 +20,7 @@ def test_s10_is_the_assignment():
     settings = {"name": "s10", "optimizer": "adamw", "weight_decay": 0.2}
     assert changed("s10") == (settings, {"train": 98.60, "test": 93.07})
     assert (s10.epochs, s10.peak_epoch, s10.batch_size) == (24, 5, 512)
-    assert (s10.optimizer, s10.padding, s10.flip, s10.cutout) == ("adam", 4, 0.5, 8)
+    assert (s10.padding, s10.flip, s10.cutout) == (4, 0.5, 8)
     assert (s10.min_lr, s10.max_lr, s10.final_lr, s10.anneal) == (1e-4, 1e-2, None, "linear")
 
 
