@@ -447,3 +447,69 @@ def test_hold_out_keeps_the_test_images_out(sample):
     assert torch.equal(held.test_labels, sample.train_labels[validation])
     assert "held-out" in held.name and held.fingerprint != sample.fingerprint
     assert (held.epochs, held.batch_size) == (sample.epochs, sample.batch_size)
+
+
+def test_half_the_size_is_the_mean_of_four(sample):
+    halved = data.halve(sample)
+    blocks = sample.test_images[:7].numpy().astype(float).reshape(7, 3, 16, 2, 16, 2)
+    expected = np.rint(blocks.mean(axis=(3, 5)))
+    assert np.array_equal(halved.test_images[:7].numpy(), expected)
+    assert halved.train_images.shape == (len(sample.train_images), 3, 16, 16)
+    assert halved.train_images.dtype == torch.uint8
+    assert halved.train_labels is sample.train_labels
+
+
+# A picture of the reader's own
+
+
+def saved(path, pixels, **settings):
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path, **settings)
+    return path
+
+
+def test_photograph_keeps_a_picture_of_the_right_size(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
+    found = data.photograph(saved(tmp_path / "a.png", pixels))
+    assert found.dtype == torch.uint8
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
+
+
+def test_photograph_is_the_middle_square(tmp_path):
+    """What lies left and right of it is not seen."""
+    pixels = np.zeros((64, 192, 3))
+    pixels[:, 64:128] = 200
+    assert (data.photograph(saved(tmp_path / "a.png", pixels)) == 200).all()
+
+
+def test_photograph_is_turned_as_it_was_held(tmp_path):
+    pixels = np.zeros((32, 32, 3))
+    pixels[:16] = 250  # the upper half; orientation 6: turn a quarter clockwise, so it is right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = data.photograph(saved(tmp_path / "a.png", pixels, exif=exif))
+    assert (found[..., 16:] == 250).all() and (found[..., :16] == 0).all()
+
+
+@pytest.mark.parametrize("mode, value, expected", [
+    ("L", 77, [77] * 3), ("RGBA", (0, 0, 0, 0), [255] * 3), ("RGBA", (9, 8, 7, 255), [9, 8, 7]),
+    ("1", 1, [255] * 3), ("P", 0, [0] * 3), ("CMYK", (0, 0, 0, 0), [255] * 3),
+])
+def test_photograph_of_any_mode(tmp_path, mode, value, expected):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.new(mode, (40, 50), value).save(path)
+    assert data.photograph(path, side=8).flatten(1).unique(dim=1).flatten().tolist() == expected
+
+
+def test_photographs_that_can_not_be_seen(tmp_path):
+    frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    whole = saved(tmp_path / "whole.jpg", np.random.default_rng(0).integers(0, 256, (99, 99, 3)))
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:2000])
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    names = {"moving.gif": "is animated", "bomb.png": "can't be read"}
+    for name in ("moving.gif", "text.png", "empty.png", "cut.jpg", "bomb.png", "none.png"):
+        reason = names.get(name, "can't be read")
+        with pytest.raises(InputError, match=f"^[^\n]*{name} {reason}[^\n]*$"):
+            data.photograph(tmp_path / name)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from conftest import ON_CPU, Small, read_history, write_folder
@@ -117,6 +118,36 @@ def test_the_report_is_aligned():
         "cat         75.00 %",
         "automobile  50.00 %",
     ]
+
+
+def test_pictures_are_classified(out, tmp_path, capsys):
+    """Of any size; the likeliest class comes first."""
+    for name, size in ("one.png", (64, 48)), ("two.jpg", (8, 20)):
+        Image.new("RGB", size, (200, 10, 10)).save(tmp_path / name)
+    paths = [str(tmp_path / name) for name in ("one.png", "two.jpg")]
+    evaluate.main([*paths, "--weights", str(out / "weights.safetensors"), *ON_CPU])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "weights  s10, seed 0" and lines[3] == paths[0] and lines[8] == paths[1]
+    classes, shares = zip(*(line.split() for line in lines[4:7]), strict=True)
+    assert {*classes} == {"blue", "green", "red"}
+    shares = [float(share.rstrip("%")) for share in shares]
+    assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.02
+
+
+def test_likeliest_classes_as_text():
+    shares = torch.tensor([[0.0, 0.3, 0.5, 0.2], [0.9, 0.1, 0.0, 0.0]])
+    text = evaluate.likeliest(["a.png", "b.png"], shares, ("cat", "dog", "automobile", "ship"), 2)
+    assert text.splitlines() == [
+        "", "a.png", "  automobile  50.00%", "  dog         30.00%",
+        "", "b.png", "  cat         90.00%", "  dog         10.00%",
+    ]
+
+
+def test_a_picture_that_is_none_is_refused_in_one_line(out, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(SystemExit, match="^error: the picture [^\n]*text.png can't be read[^\n]*$"):
+        weights = str(out / "weights.safetensors")
+        evaluate.main([str(tmp_path / "text.png"), "--weights", weights, *ON_CPU])
 
 
 def test_weights_of_other_classes_are_refused_in_one_line(out, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import Small, assert_same_state, tiny_images
-from utils import InputError, files, models
+from utils import InputError, files
 from utils.models import (
     MODELS,
     CustomResNet,
@@ -266,15 +266,21 @@ def test_file_without_a_bias(weights):
     assert_same_state(load_weights(path), model)
 
 
-def test_shipped_weights_are_the_default(weights, monkeypatch):
-    monkeypatch.setattr(models, "SHIPPED_WEIGHTS", weights[0])
-    assert load_weights().metadata == METADATA
+def test_weights_that_come_with_the_repository(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "IMAGES", tmp_path)
+    (tmp_path / "s12").mkdir()
+    weights[0].rename(tmp_path / "s12" / "weights.safetensors")
+    assert CustomResNet.from_pretrained("s12").metadata == METADATA
+    with pytest.raises(InputError, match="^no trained weights of 's10' .*, only: s12$"):
+        CustomResNet.from_pretrained()
 
 
-def test_no_shipped_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "SHIPPED_WEIGHTS", tmp_path / "none")
-    with pytest.raises(InputError, match=r"^no trained weights .* utils\.train wrote$"):
-        load_weights()
+def test_what_the_linear_layer_sees(model):
+    x = torch.randn(3, 3, 32, 32)
+    seen = []
+    with model.fc.register_forward_pre_hook(lambda fc, inputs: seen.append(*inputs)):
+        model(x)
+    assert torch.equal(model.embed(x), seen[0]) and seen[0].shape == (3, 512)
 
 
 @pytest.mark.parametrize("changes", [

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import CPU, ON_CPU, Small, read_history, write_folder
-from utils import InputError, data, files, models, run, train
+from utils import InputError, data, devices, files, models, run, train
 from utils.maintenance import record, tables
 from utils.models import load_weights
 
@@ -24,9 +24,9 @@ SHORT = ["--epochs", "1", "--batch-size", "8", "--cutout", "2"]
 OLD = {
     "recipe": {
         "name": "s10", "model": "custom_resnet", "fc_bias": True, "epochs": 1,
-        "peak_epoch": 0.20833333333333334, "batch_size": 8, "optimizer": "adam", "min_lr": 0.0001,
+        "peak_epoch": 0.20833333333333334, "batch_size": 8, "optimizer": "adamw", "min_lr": 0.0001,
         "max_lr": 0.01, "final_lr": None, "anneal": "linear", "cycle_momentum": False,
-        "weight_decay": 0.0, "label_smoothing": 0.0, "gradient_clip": None, "padding": 4,
+        "weight_decay": 0.2, "label_smoothing": 0.0, "gradient_clip": None, "padding": 4,
         "padding_mode": "constant", "flip": 0.5, "cutout": 2, "logit_scale": 1.0, "dirac": False,
         "whiten": False, "per_image": False,
         "claimed": [["train", 98.6], ["test", 93.07]], "original": [["epochs", 8]],
@@ -144,6 +144,20 @@ def test_figures_and_weights_are_the_median_runs(copy, images, accuracies, media
     assert kept.metadata == original.metadata and kept.metadata["seed"] == median
     assert torch.equal(kept.fc.weight, original.fc.weight.half().float())
     assert load_file(copy / "new/weights.safetensors")["fc.weight"].dtype == torch.float16
+
+
+def test_a_precision_that_the_device_lacks_is_not_emulated(copy, images, monkeypatch):
+    """Evaluated in float32 instead, and still compared."""
+    asked = []
+    monkeypatch.setattr(devices, "amp_dtype", lambda device: None)
+    results = run.test_results
+    monkeypatch.setattr(
+        run, "test_results", lambda *args, dtype: asked.append(dtype) or results(*args)
+    )
+    change_metrics(out_of(copy, 0), lambda m: m.update(precision="bfloat16"))
+    record.keep("s10", [out_of(copy, 0)], images, copy / "new", device=CPU)
+    assert asked == [None]
+    assert list(files.read_table(copy / "new/runs.csv")["precision"]) == ["bfloat16"]
 
 
 def test_fewer_runs_leave_nothing_of_the_others(copy):

@@ -5,6 +5,7 @@ All three give an `ImageData`.
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from http.client import HTTPException
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 from torchvision import datasets
 
@@ -175,11 +176,35 @@ def _read_pictures(names, size, split):
 
 
 def _read_picture(name):
+    with _opened(name) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@contextmanager
+def _opened(name):
+    """The picture, also to be decoded in the block. Raises InputError where that fails."""
     try:
         with Image.open(name) as picture:
-            return np.asarray(picture.convert("RGB"))
+            yield picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"the picture {name} can't be read; replace or delete it") from error
+
+
+def photograph(path, *, side=32):
+    """A picture of any size as the network sees it, uint8 (3, side, side): its middle, resized.
+
+    Turned as the camera was held; what is transparent becomes white. Raises InputError where it
+    can't be read or is animated.
+    """
+    with _opened(path) as picture:
+        animated = getattr(picture, "is_animated", False)
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    if animated:
+        raise InputError(f"{path} is animated; give a single picture")
+    white = Image.new("RGBA", picture.size, "white")
+    whole = Image.alpha_composite(white, picture).convert("RGB")
+    square = ImageOps.fit(whole, [min(whole.size)] * 2).resize((side, side))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def halve(data):

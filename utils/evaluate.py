@@ -1,23 +1,27 @@
-"""How good trained weights are: `python -m utils.evaluate --weights FILE --data cifar10`."""
+"""How good trained weights are: `python -m utils.evaluate`; what they say: `… picture.jpg`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
-from utils import data, devices, run
-from utils.models import load_weights
+from utils import data, devices, explain, run
+from utils.models import CustomResNet, load_weights
 from utils.results import BINS
 from utils.train import as_command
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Accuracy and calibration of trained weights on the test images."""
+    """Accuracy and calibration of trained weights on the test images, or what they see in pictures.
+    """
 
+    pictures: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """photographs to classify; none: the test images of --data"""
     weights: Path | None = None
-    """weights.safetensors of a run; None: those that come with the repository"""
+    """weights.safetensors of a run; None: those of s10 that come with the repository"""
     data: str = "cifar10"
     """as for utils.train"""
     device: str | None = None
@@ -31,16 +35,32 @@ def main(arguments=None):
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.evaluate")
         device = devices.pick_device(args.device)
         dtype = devices.pick_precision(args.precision, device)
-        model = load_weights(args.weights).to(device)
+        model = load_weights(args.weights) if args.weights else CustomResNet.from_pretrained()
+        model = model.to(device)
+        print(f"weights  {model.metadata.get('recipe')}, seed {model.metadata.get('seed')}")
+        if args.pictures:
+            print("pictures their middle squares, resized to 32×32 pixels")
+            seen = torch.stack([data.photograph(path) for path in args.pictures])
+            print(likeliest(args.pictures, explain.probabilities(model, seen), model.classes))
+            return
         images = data.load(args.data, train=False)
         print(
-            f"weights  {model.metadata.get('recipe')}, seed {model.metadata.get('seed')}\n"
             f"data     {images.name}: {len(images.test_images):,} test images\n"
             f"device   {devices.device_name(device)}, {devices.dtype_name(dtype)}\n",
             flush=True,
         )
         plain, flipped = run.test_results(model, images, dtype=dtype)
         print(report(plain, flipped))
+
+
+def likeliest(names, probabilities, classes, count=3):
+    """The `count` likeliest classes of each picture, with their probabilities (N, C), as text."""
+    best, places = probabilities.topk(min(count, len(classes)))
+    width = max(map(len, classes))
+    return "\n".join(
+        f"\n{name}\n" + "\n".join(f"  {classes[i]:{width}} {share:7.2%}" for share, i in row)
+        for name, row in zip(names, map(zip, best.tolist(), places.tolist()), strict=True)
+    )
 
 
 def report(plain, flipped):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from utils import InputError
 
+IMAGES = Path(__file__).parents[1] / "images"  # recorded runs, a folder for each recipe
 CHECKPOINTS = {"plain": "checkpoint.pt", "lightning": "last.ckpt"}
 
 

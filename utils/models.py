@@ -1,15 +1,11 @@
 """The custom ResNet of the assignment, the ResNet-9 of a tutorial, and how they are initialised."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from utils import InputError, files
 from utils.transforms import Normalization
-
-SHIPPED_WEIGHTS = Path(__file__).parents[1] / "images" / "s10" / "weights.safetensors"
 
 
 def _conv(channels_in, channels_out, *, pool=False):
@@ -49,11 +45,27 @@ class _Classifier(nn.Module):
     places that are left after it. Raises InputError below 8×8.
     """
 
-    def forward(self, x):
+    @classmethod
+    def from_pretrained(cls, name="s10"):
+        """The trained network of the recipe `name` that comes with the repository.
+
+        As `load_weights` gives it. Raises InputError, with the names there are, for another.
+        """
+        folders = {path.parent.name: path for path in files.IMAGES.glob("*/weights.safetensors")}
+        if name not in folders:
+            there = ", ".join(sorted(folders)) or "none"
+            raise InputError(f"no trained weights of {name!r} come with this copy, only: {there}")
+        return load_weights(folders[name])
+
+    def embed(self, x):
+        """Images (N, 3, H, W) to what the linear layer sees, (N, 512)."""
         if min(x.shape[-2:]) < 8:
             size = "×".join(map(str, x.shape[-2:]))
             raise InputError(f"images of {size} pixels are too small; enlarge them to 32×32")
-        return self.fc(self.pool(self.features(x)).mean(dim=(2, 3)))
+        return self.pool(self.features(x)).mean(dim=(2, 3))
+
+    def forward(self, x):
+        return self.fc(self.embed(x))
 
 
 class CustomResNet(_Classifier):
@@ -124,19 +136,13 @@ def build(recipe, images, *, seed=0):
     return model.to(memory_format=torch.channels_last)
 
 
-def load_weights(path=None):
+def load_weights(path):
     """The network of a weights file that a run wrote: float32, channels_last, in eval mode.
 
-    `path` None stands for the weights that come with the repository. The network's attributes
-    `classes` (names), `mean` and `std` (of each channel, on the scale 0..1) are those of its
-    training images; `metadata` is all that the file says, a dict. Raises InputError where there
-    is no such file, or it is damaged or of another kind.
+    Its attributes `classes` (names), `mean` and `std` (of each channel, on the scale 0..1) are
+    those of its training images; `metadata` is all that the file says, a dict. Raises InputError
+    where there is no such file, or it is damaged or of another kind.
     """
-    if path is None and not SHIPPED_WEIGHTS.exists():
-        raise InputError(
-            "no trained weights come with this copy; name a file that python -m utils.train wrote"
-        )
-    path = path or SHIPPED_WEIGHTS
     tensors, metadata = files.read_weights(path)
     try:
         classes, mean, std = (tuple(metadata[name]) for name in ("classes", "mean", "std"))

@@ -124,8 +124,9 @@ def check(name, runs, images):
 def row(settings, metrics, out, images, device):
     """A run's line of runs.csv, a dict."""
     model = load_weights(out / "weights.safetensors").to(device)
-    dtypes = {devices.dtype_name(dtype): dtype for dtype in devices.PRECISIONS.values()}
-    plain, flipped = run.test_results(model, images, dtype=dtypes[metrics["precision"]])
+    dtypes = {devices.dtype_name(dtype): dtype for dtype in (None, devices.amp_dtype(device))}
+    dtype = dtypes.get(metrics["precision"])  # float32 where the device would have to emulate it
+    plain, flipped = run.test_results(model, images, dtype=dtype)
     last = metrics["last_epoch"]
     if abs(plain.accuracy - last["test_acc"]) > 0.1:  # another device rounds otherwise
         raise InputError(

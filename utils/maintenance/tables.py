@@ -6,7 +6,7 @@ from utils import InputError, files
 from utils.recipes import RECIPES, recipe
 
 ROOT = Path(__file__).parents[2]
-IMAGES = ROOT / "images"
+IMAGES = files.IMAGES
 README = ROOT / "README.md"
 
 

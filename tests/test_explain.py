@@ -1,0 +1,66 @@
+"""One prediction in depth: probabilities, Grad-CAM, nearest pictures."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from utils import explain
+from utils.models import CustomResNet
+
+MEAN, STD = (0.5, 0.25, 0.125), (0.1, 0.2, 0.3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = CustomResNet(3).eval()
+    model.mean, model.std = MEAN, STD
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def normalised(images):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (images / 255 - mean) / std
+
+
+def test_probabilities_are_the_softmax_of_normalised_images(model, images):
+    with torch.no_grad():
+        expected = model(normalised(images)).softmax(1)
+    torch.testing.assert_close(explain.probabilities(model, images), expected)
+
+
+@pytest.mark.parametrize("layer, side", [("layer3", 2), ("layer1", 8)])
+def test_grad_cam_by_hand(model, images, layer, side):
+    """Activations weighted by the mean gradient of the class's logit, without what speaks against.
+    """
+    classes = torch.tensor([0, 1, 2, 2, 0])
+    kept = []
+    handle = getattr(model, layer).register_forward_hook(lambda *args: kept.append(args[-1]))
+    logits = model(normalised(images))
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits[torch.arange(5), classes].sum(), kept)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)
+    expected = (weights * kept[0]).sum(dim=1).relu().detach()
+    found = explain.grad_cam(model, images, classes, layer=layer)
+    assert found.shape == (5, side, side) and expected.max() > 0
+    torch.testing.assert_close(found, expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_embeddings_have_length_one_and_decide(model, images):
+    found = explain.embeddings(model, images)
+    with torch.no_grad():
+        expected = F.normalize(model.embed(normalised(images)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_nearest_by_angle():
+    ours = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    theirs = F.normalize(torch.tensor([[0.0, -1.0], [1.0, 1.0], [3.0, 0.1], [0.1, 1.0]]))
+    assert explain.nearest(ours, theirs, 2).tolist() == [[2, 1], [3, 1]]
