@@ -92,6 +92,7 @@ SINGLE = [
     partial(plotting.loss_curves, HISTORY),
     partial(plotting.accuracy_curves, HISTORY, claimed={"test": 70}),
     partial(plotting.accuracy_band, [HISTORY, HISTORY]),
+    partial(plotting.compare_curves, {"own": HISTORY}, {"own": HISTORY[:2]}),
     partial(plotting.confusion_matrix, RESULTS),
     partial(plotting.per_class_accuracy, RESULTS),
     partial(plotting.time_by_phase, PHASES),
@@ -294,6 +295,38 @@ def test_accuracy_band_is_mean_and_range_of_the_runs():
     assert "2 runs" in ax.get_ylabel()
 
 
+def test_compare_curves_draws_sources_in_the_colour_of_their_recipe_and_runs_of_any_length():
+    published = {"b": HISTORY[:1], "unknown": HISTORY}
+    ax = plotting.compare_curves({"a": HISTORY[:2], "b": HISTORY}, published)
+    first, second, *_ = plotting.COLOURS
+    own, continued = ax.lines[::2], ax.lines[1::2]
+    drawn = [(line.get_color(), line.get_xydata().T.tolist()) for line in own]
+    assert drawn == [
+        (second, [[1], [55.0]]),
+        (plotting.GREY, [[1, 2, 3], [55.0, 62.5, 75.125]]),
+        (first, [[1, 2], [55.0, 62.5]]),
+        (second, [[1, 2, 3], [55.0, 62.5, 75.125]]),
+    ]
+    assert [line.get_xydata().T.tolist() for line in continued] == [
+        [[1, 3], [55.0] * 2], [[3, 3], [75.125] * 2], [[2, 3], [62.5] * 2], [[3, 3], [75.125] * 2]
+    ]
+    assert texts(ax) == ["unknown, source 75.12", "b 75.12", "a 62.50", "b, source 55.00"]
+    assert not overlap(extents(ax, ax.texts))
+    assert own[0].get_linewidth() < own[3].get_linewidth()
+
+
+@pytest.mark.parametrize("last, bottom", [(93.4, 40), (68.8, 30), (10, 0), (float("nan"), 0)])
+def test_compare_curves_begins_at_half_the_lowest_last_accuracy_in_tens(last, bottom):
+    ax = plotting.compare_curves({"a": [{"epoch": 1, "test_acc": last}]})
+    assert ax.get_ylim() == (bottom, 100)
+
+
+def test_compare_curves_of_more_recipes_than_colours_begins_again():
+    ax = plotting.compare_curves({str(i): HISTORY for i in range(7)})
+    assert ax.lines[12].get_color() == ax.lines[0].get_color() == plotting.BLUE
+    assert len({(line.get_color(), line.get_marker()) for line in ax.lines[:12:2]}) == 6
+
+
 # Results by class
 
 
@@ -450,6 +483,8 @@ NO_ERRORS = counted([[2, 0], [0, 2]])
     ("equally long", partial(plotting.lr_finder_curve, [1e-3], [1.0, 2.0])),
     ("some loss finite", partial(plotting.lr_finder_curve, [1e-3], [float("inf")])),
     ("there must be epochs", partial(plotting.loss_curves, [])),
+    ("in each of the runs", partial(plotting.compare_curves, {"a": HISTORY, "b": []})),
+    ("in each of the runs", partial(plotting.compare_curves, {})),
     ("the same ones in all", partial(plotting.accuracy_band, [HISTORY, HISTORY[:2]])),
 ])
 def test_rejects_what_cannot_be_drawn(message, draw):
