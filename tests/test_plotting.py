@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Annotation, Text
@@ -95,6 +97,7 @@ SINGLE = [
     partial(plotting.compare_curves, {"own": HISTORY}, {"own": HISTORY[:2]}),
     partial(plotting.confusion_matrix, RESULTS),
     partial(plotting.per_class_accuracy, RESULTS),
+    partial(plotting.calibration, RESULTS),
     partial(plotting.time_by_phase, PHASES),
     partial(plotting.network, NETWORK),
 ]
@@ -196,6 +199,44 @@ def test_misclassified_grid_titles_of_long_names_do_not_overlap():
     axes = plotting.misclassified_grid(results, pictures(6), columns=3)
     boxes = extents(axes[0, 0], [ax.title for ax in axes.flat])
     assert not overlap(boxes + [ax.get_window_extent() for ax in axes.flat])
+
+
+# Maps over pictures
+
+
+def inferno(value):
+    return 255 * np.array(plt.get_cmap("inferno")(value)[:3])
+
+
+def test_heat_enlarges_bilinearly_and_is_as_opaque_as_the_map_is_large():
+    images = pictures(1, height=2, width=4)
+    over = plotting.heat(images, torch.tensor([[[0.0, 3.0]]]), opacity=0.5)
+    assert over.dtype == torch.uint8
+    for column, value in enumerate([0.0, 0.25, 0.75, 1.0]):
+        before = images[0, :, :, column].T.double().numpy()
+        expected = before + 0.5 * value * (inferno(value) - before)
+        assert over[0, :, :, column].T.tolist() == expected.round().tolist()
+
+
+@given(st.integers(0, 2**32), st.floats(0, 1), st.integers(-9, 9))
+def test_heat_scales_each_map_to_its_own_maximum(seed, opacity, exponent):
+    maps = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(seed))
+    larger = maps * torch.tensor([1.0, 2.0**exponent])[:, None, None]
+    first, second = (plotting.heat(pictures(2), each, opacity=opacity) for each in (maps, larger))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("maps, opacity", [(torch.zeros(3, 2, 2), 1), (torch.ones(3, 2, 2), 0)])
+def test_heat_of_nothing_leaves_the_pictures_as_they_are(maps, opacity):
+    assert torch.equal(plotting.heat(pictures(3), maps, opacity=opacity), pictures(3))
+
+
+def test_heat_at_full_opacity_is_the_colour_alone_and_leaves_its_arguments_alone():
+    images, maps = pictures(2), torch.full((2, 40, 40), 7.0, requires_grad=True)
+    over = plotting.heat(images, maps, opacity=1)
+    colour = torch.from_numpy(inferno(1.0).round())[:, None, None]
+    assert torch.equal(over, colour.byte().expand_as(over))
+    assert torch.equal(images, pictures(2)) and (maps == 7).all()
 
 
 # Learning rates
@@ -374,6 +415,25 @@ def test_per_class_accuracy_sorts_the_classes_and_marks_their_mean():
     assert texts(ax) == ["mean 86.50 %"]
 
 
+def test_calibration_draws_accuracy_by_confidence_the_gap_and_the_share_of_each_bin():
+    """0.95 twice and 0.98, two of them right, and 0.62, wrong."""
+    confidences = torch.tensor([0.95, 0.95, 0.98, 0.62])
+    logits = torch.stack([confidences.log(), (1 - confidences).log()], dim=1)
+    ax = plotting.calibration(Results(logits, torch.tensor([0, 0, 1, 1])))
+    points = [[62, 0], [96, 200 / 3]]
+    drawn = ax.lines[1].get_xydata()
+    assert drawn[np.isfinite(drawn).all(axis=1)] == pytest.approx(np.array(points), rel=1e-5)
+    gaps = [line for line in ax.collections[0].get_segments() if np.isfinite(line).all()]
+    assert np.array(gaps) == pytest.approx(
+        np.array([[[x, x], [x, y]] for x, y in points]), rel=1e-5
+    )
+    bars = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in ax.patches}
+    assert {x: y for x, y in bars.items() if y} == pytest.approx({190 / 3: 25, 290 / 3: 75})
+    assert texts(ax) == ["1", "3"]
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "gap, on average 37.50 % (ECE)" in named  # (62 + 3 · (96 - 200/3)) / 4
+
+
 # Where the time goes
 
 
@@ -480,6 +540,10 @@ NO_ERRORS = counted([[2, 0], [0, 2]])
     (r"in 0\.\.1, got nan\.\.nan", partial(plotting.image_grid, pictures(1) * float("nan"))),
     ("uint8 or float, got torch.int64", partial(plotting.image_grid, pictures(1).long())),
     ("no image is mis", partial(plotting.misclassified_grid, NO_ERRORS, pictures(4))),
+    ("a map for each", partial(plotting.heat, pictures(2), torch.ones(1, 2, 2))),
+    ("uint8 images", partial(plotting.heat, pictures(1) / 255, torch.ones(1, 2, 2))),
+    ("nowhere negative", partial(plotting.heat, pictures(1), -torch.eye(2)[None])),
+    ("nowhere negative", partial(plotting.heat, pictures(1), torch.full((1, 2, 2), torch.nan))),
     ("equally long", partial(plotting.lr_finder_curve, [1e-3], [1.0, 2.0])),
     ("some loss finite", partial(plotting.lr_finder_curve, [1e-3], [float("inf")])),
     ("there must be epochs", partial(plotting.loss_curves, [])),

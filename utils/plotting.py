@@ -16,6 +16,7 @@ from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
+from torch.nn import functional as F
 
 # Okabe & Ito's palette: its colours stay apart in all common kinds of colour blindness.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -132,6 +133,23 @@ def misclassified_grid(results, images, *, count=10, columns=5, axes=None):
         for i in wrong.tolist()
     ]
     return image_grid(images[wrong], titles, columns=columns, axes=axes)
+
+
+def heat(images, maps, *, opacity=0.5):
+    """Lays maps of what counts in pictures over them: (N, 3, H, W), uint8, on the CPU.
+
+    `images`: uint8 (N, 3, H, W). `maps`: float (N, h, w), not negative; each is scaled to its own
+    maximum and enlarged bilinearly. The colour is the more opaque the larger the value, up to
+    `opacity`, and a map of zeros leaves its picture as it is.
+    """
+    if images.dtype != torch.uint8 or len(maps) != len(images) or not (maps >= 0).all():
+        raise ValueError("there must be uint8 images and a map for each, nowhere negative")
+    maps = maps.detach().float().cpu()
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo().tiny)
+    maps = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")
+    colours = torch.from_numpy(plt.get_cmap("inferno")(maps[:, 0].numpy())[..., :3])
+    colours = 255 * colours.permute(0, 3, 1, 2)
+    return torch.lerp(images.cpu().double(), colours, opacity * maps.double()).round().byte()
 
 
 def lr_finder_curve(
@@ -306,6 +324,27 @@ def per_class_accuracy(results, *, ax=None):
     return ax
 
 
+def calibration(results, *, ax=None):
+    """Draws the reliability diagram of a `Results`: accuracy against confidence, bin by bin.
+
+    A point is a bin's accuracy at its mean confidence: below the diagonal the network is surer
+    than right. The bars are the shares of the images, with their numbers.
+    """
+    counts, confidences, accuracies = (each.numpy() for each in results.calibration)
+    width = 100 / len(counts)
+    ax = _single(ax, (5.4, 4.6))
+    bars = ax.bar(width * (np.arange(len(counts)) + 0.5), 100 * counts / counts.sum(), 0.9 * width,
+                  color="#DDDDDD", label="share of images")
+    ax.bar_label(bars, [f"{n:,}" if n else "" for n in counts], color=GREY, fontsize=8)
+    ax.plot([0, 100], [0, 100], color="black", linestyle=":", label="as right as sure")
+    ax.vlines(confidences, confidences, accuracies, color=VERMILION, linewidth=3,
+              label=f"gap, on average {results.calibration_error:.2f} % (ECE)")
+    ax.plot(confidences, accuracies, color=BLUE, linestyle="", marker="o", label="accuracy")
+    ax.set(xlim=(0, 101), ylim=(0, 104), xlabel="confidence, %", ylabel="accuracy, %")
+    _legend_above(ax, 2)
+    return ax
+
+
 def time_by_phase(phases, *, ax=None):
     """Draws where the time of a training step goes, as a stacked bar for each way to train.
 
@@ -449,8 +488,8 @@ def _show(ax, picture=None):
     ax.spines[:].set_visible(False)
 
 
-def _legend_above(ax):
-    ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2,
+def _legend_above(ax, columns=4):
+    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2,
               columnspacing=1.2, handlelength=1.7)
 
 
