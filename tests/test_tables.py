@@ -23,19 +23,19 @@ def test_results(tmp_path):
     )
     write_runs(tmp_path, {**RUN, "recipe": "s12", "epochs": 5, "seconds": 3000})
     write_runs(tmp_path, RUN, {**RUN, "test_acc": 94, "train_acc": 98.6, "seconds": 102,
-                               "device": "B, 12 thread(s)"})
+                               "device": "B CPU, 12 thread(s)"})
     files.save_table([{**RUN, "changed": "cutout=0; loop=x"}], tmp_path / "s10/other/runs.csv")
     assert tables.results(tmp_path).splitlines() == [
         "| recipe | what | claim: train / test | test | with flip | train | epochs | time |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| `s10` | first | [98.60 / 93.07](a.b/c) | 93.50 ± 0.71 (n = 2) | 93.50 ± 0.00 "
-        "| 98.55 ± 0.07 | 24 | 1.6 min on A, float32; B ×12, float32 |",
+        "| `s10` | first | [98.60&nbsp;/&nbsp;93.07](a.b/c) | 93.50 ± 0.71 (n = 2) | 93.50 ± 0.00 "
+        "| 98.55 ± 0.07 | 24 | 1.6 min, A, float32; B ×12, float32 |",
         "| `s10` `cutout=0`, `loop=x` | x, y | – | 93.00 (n = 1) | 93.50 | 98.50 | 24 "
-        "| 1.5 min on A, float32 |",
+        "| 1.5 min, A, float32 |",
         "| `s10_cpu` |  | – | not run yet | – | – | – | – |",
-        "| `s12` | last | [– / –](d) | 93.00 (n = 1) | 93.50 | 98.50 | 5 of 24 "
-        "| 50.0 min on A, float32 |",
-        "| `resnet9` | none | [– / 90.71](e) | not run yet | – | – | – | – |",
+        "| `s12` | last | [–&nbsp;/&nbsp;–](d) | 93.00 (n = 1) | 93.50 | 98.50 | 5 of 24 "
+        "| 50.0 min, A, float32 |",
+        "| `resnet9` | none | [–&nbsp;/&nbsp;90.71](e) | not run yet | – | – | – | – |",
     ]
 
 

@@ -33,7 +33,7 @@ def results(folder=IMAGES):
         change, *cells = measured(settings, files.read_table(path)) if path.exists() else none
         claims = [f"{settings.claimed[split]:.2f}" if split in settings.claimed else "–"
                   for split in ("train", "test")]
-        claim = f"[{' / '.join(claims)}]({source})" if source else "–"
+        claim = f"[{'&nbsp;/&nbsp;'.join(claims)}]({source})" if source else "–"
         rows.append([f"`{settings.name}` {change}".strip(), what, claim, *cells])
     return markdown(head, rows)
 
@@ -41,8 +41,8 @@ def results(folder=IMAGES):
 def measured(settings, runs):
     """What has changed in a recipe, and the results; of a DataFrame with a row for each run."""
     devices = runs["device"] + ", " + runs["precision"]
-    devices = devices.str.replace(r", (\d+) thread\(s\)", r" ×\1", regex=True)
-    epochs, time = runs["epochs"][0], f"{runs['seconds'].mean() / 60:.1f} min on "
+    devices = devices.str.replace(r" CPU, (\d+) thread\(s\)", r" ×\1", regex=True)
+    epochs, time = runs["epochs"][0], f"{runs['seconds'].mean() / 60:.1f} min, "
     return [
         code(runs["changed"][0]), f"{spread(runs['test_acc'])} (n = {len(runs)})",
         spread(runs["test_acc_flip"]), spread(runs["train_acc"]),
