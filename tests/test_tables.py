@@ -32,10 +32,10 @@ def test_results(tmp_path):
         "| 98.55 ± 0.07 | 24 | 1.6 min, A, float32; B ×12, float32 |",
         "| `s10` `cutout=0`, `loop=x` | x, y | – | 93.00 (n = 1) | 93.50 | 98.50 | 24 "
         "| 1.5 min, A, float32 |",
-        "| `s10_cpu` |  | – | not run yet | – | – | – | – |",
+        "| `s10_cpu` |  | – | not yet | – | – | – | – |",
         "| `s12` | last | [–&nbsp;/&nbsp;–](d) | 93.00 (n = 1) | 93.50 | 98.50 | 5 of 24 "
         "| 50.0 min, A, float32 |",
-        "| `resnet9` | none | [–&nbsp;/&nbsp;90.71](e) | not run yet | – | – | – | – |",
+        "| `resnet9` | none | [–&nbsp;/&nbsp;90.71](e) | not yet | – | – | – | – |",
     ]
 
 

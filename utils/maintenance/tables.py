@@ -29,7 +29,7 @@ def results(folder=IMAGES):
     rows = []
     for name, what, source in files.read_table(Path(folder, "recipes.csv")).values:
         settings, path = recipe(name.partition("/")[0]), Path(folder, name, "runs.csv")
-        none = ["", "not run yet", "–", "–", "–", "–"]
+        none = ["", "not yet", "–", "–", "–", "–"]
         change, *cells = measured(settings, files.read_table(path)) if path.exists() else none
         claims = [f"{settings.claimed[split]:.2f}" if split in settings.claimed else "–"
                   for split in ("train", "test")]
