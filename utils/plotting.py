@@ -182,17 +182,24 @@ def lr_finder_curve(
         if value is not None:
             ax.axvline(value, color=colour, linestyle=style, label=f"{name} {value:.3g}")
     ax.set(xscale="log", xlabel="learning rate (log scale)", ylabel="loss")
-    _legend_above(ax)
+    _legend_above(ax, 3)
     return ax
 
 
-def lr_schedule(lrs, *, steps_per_epoch, ax=None):
-    """Plots the learning rate of each optimizer step over epochs and names start, peak and end."""
+def lr_schedule(lrs, *, steps_per_epoch, logged=None, ax=None):
+    """Plots the learning rate of each optimizer step over epochs and names start, peak and end.
+
+    `logged`: {step: rate} or [(step, rate), …], from step 0, drawn over the planned ones.
+    """
     lrs = np.asarray(lrs, dtype=float)
     epochs, last, peak = np.arange(len(lrs)) / steps_per_epoch, len(lrs) - 1, int(lrs.argmax())
 
     ax = _single(ax, (6.0, 3.4))
-    ax.plot(epochs, lrs, color=BLUE, linestyle="-")
+    ax.plot(epochs, lrs, color=BLUE, linestyle="-", label="planned")
+    if logged is not None:
+        steps, rates = zip(*dict(logged).items(), strict=True)
+        ax.plot(np.divide(steps, steps_per_epoch), rates, ":", color=ORANGE, label="logged")
+        _legend_above(ax)
     ax.set(xlabel="epoch", ylabel="learning rate")
     ax.margins(y=0.16)
     ax.grid(axis="y")
@@ -210,12 +217,13 @@ def lr_schedule(lrs, *, steps_per_epoch, ax=None):
     return ax
 
 
-def loss_curves(history, *, ax=None):
+def loss_curves(history, *, smoothed=False, ax=None):
     """Plots the loss of each epoch, the last ones as numbers.
 
     `history`: a dict for each epoch with `epoch`, `train_loss`, `test_loss` and perhaps `val_loss`.
+    `smoothed`: whether the training loss is of smoothed labels, and so not to be compared.
     """
-    return _epoch_curves([history], "loss", ax, "loss", digits=3)
+    return _epoch_curves([history], "loss", ax, "loss", digits=3, smoothed=smoothed)
 
 
 def accuracy_curves(history, *, claimed=None, ax=None):
@@ -290,7 +298,7 @@ def confusion_matrix(results, *, vmax=None, ax=None):
     ax.set_yticks(range(number), results.classes)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set(xlabel="predicted class", ylabel="true class")
+    ax.set(xlabel="predicted class", ylabel="true class", anchor="W")
 
     ax.figure.draw_without_rendering()  # only now the size of a cell is known
     cell = ax.bbox.width * 72 / ax.figure.dpi / number
@@ -313,14 +321,14 @@ def per_class_accuracy(results, *, ax=None):
     mean = np.mean(accuracies)
 
     ax = _single(ax, (5.6, 1.0 + 0.24 * len(ranked)))
-    # The numbers stand with the names, where the mean's line cannot cross them.
-    names = [f"{name}  {accuracy:.1f} %" for name, accuracy in ranked]
-    ax.barh(names, accuracies, color=SKY, height=0.75)
+    ax.barh([name for name, _ in ranked], accuracies, color=SKY, height=0.75)
+    for row, accuracy in enumerate(accuracies):  # a short bar's number runs out of it
+        ax.text(max(accuracy, 12) - 1, row, f"{accuracy:.1f} %", ha="right", va="center_baseline")
     ax.tick_params(axis="y", length=0)
-    ax.axvline(mean, color=VERMILION, linestyle="--")
+    ax.axvline(mean, color=VERMILION, linestyle="-", zorder=0.5)  # behind bars and numbers
     ax.text(mean, 1.0, f"mean {mean:.2f} %", transform=ax.get_xaxis_transform(),
             color=VERMILION, ha="center", va="bottom")
-    ax.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel="accuracy, %")
+    ax.set(xlim=(0, 100), ylim=(-0.6, len(ranked) - 0.4), xlabel="accuracy, %")
     return ax
 
 
@@ -379,13 +387,13 @@ def network(model, *, size=32, ax=None):
     children, or of the parts of a child that has one called `residual`. Around a box whose name
     begins with "res" goes a skip connection. A box is as high as its output and as wide as its
     channels, both by square root; the output's shape stands above it. The texts keep their size,
-    so they collide in axes much smaller than a new figure's, 1.1 inches for a box.
+    so they collide in axes much smaller than a new figure's, an inch for a box.
     """
     stages = _stages(model, size)
     _, operations, parameters, shapes = zip(*stages, strict=True)
-    floor = -1.25 - 0.13 * max(map(len, operations))
+    floor = -1.3 - 0.14 * max(map(len, operations))
     left, right, top = -0.55, len(stages) - 0.45, 1.55
-    ax = _single(ax, (1.1 * (right - left), 1.1 * (top - floor) + 0.5))
+    ax = _single(ax, (right - left, top - floor + 0.5))
     ax.set(xlim=(left, right), ylim=(floor - 0.15, top), aspect="equal")
     ax.set_axis_off()
     ax.set_title(f"{type(model).__name__}: {sum(parameters):,} parameters", fontsize=11)
@@ -394,7 +402,7 @@ def network(model, *, size=32, ax=None):
         style = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0, **style}
         ax.annotate("", (end, 0), (start, 0), arrowprops=style)
 
-    small = {"ha": "center", "va": "top", "fontsize": 8.5}
+    small = {"ha": "center", "va": "top", "fontsize": 8}
     end, radius = 0, 7  # of the signal so far; of a sum's circle, in points
     for x, (name, operations, parameters, shape) in enumerate(stages):
         height = 2 * math.sqrt(max(shape[1:], default=1) / size)
@@ -493,7 +501,7 @@ def _legend_above(ax, columns=4):
               columnspacing=1.2, handlelength=1.7)
 
 
-def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=()):
+def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=(), smoothed=False):
     """Plots a quantity by epoch: the runs' mean and range, and thin lines for what was claimed."""
     if len({tuple(row["epoch"] for row in run) for run in runs}) != 1 or not runs[0]:
         raise ValueError("there must be epochs to draw, the same ones in all runs")
@@ -504,7 +512,8 @@ def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=()):
             values = np.array([[row[key] for row in run] for run in runs])
             mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
             ax.plot(epochs, mean, label=name, **style)
-            text = f"{name} {mean[-1]:.{digits}f}"
+            remark = " (smoothed)" if smoothed and name == "train" else ""
+            text = f"{name}{remark} {mean[-1]:.{digits}f}"
             if len(runs) > 1:
                 ax.fill_between(epochs, low, high, color=style["color"], alpha=0.25, linewidth=0)
                 text += f" ({low[-1]:.{digits}f}–{high[-1]:.{digits}f})"

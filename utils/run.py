@@ -227,7 +227,7 @@ def save_figures(out, recipe, images, results, history):
     rates = one_cycle_rates(recipe, total_steps=recipe.epochs * steps_per_epoch)
     drawn = {
         "schedule": lambda: plotting.lr_schedule(rates, steps_per_epoch=steps_per_epoch),
-        "loss": lambda: plotting.loss_curves(history),
+        "loss": lambda: plotting.loss_curves(history, smoothed=recipe.label_smoothing > 0),
         "accuracy": lambda: plotting.accuracy_curves(history),
         "per_class": lambda: plotting.per_class_accuracy(results),
         "confusion": lambda: plotting.confusion_matrix(results),
