@@ -164,7 +164,7 @@ def first_cell(notebook, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "run", note)
-    source = code_cells(notebook)[0].source
+    (source,) = [cell.source for cell in code_cells(notebook) if "REPOSITORY =" in cell.source]
     return lambda **changes: (
         exec(re.sub('REPOSITORY = ""', f"REPOSITORY = {changes.get('repository', '')!r}", source)),
         commands,
