@@ -48,19 +48,11 @@ def use_style():
     """
     styles = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))]
     plt.rcParams.update({
-        "figure.figsize": (6.0, 3.6),
-        "figure.constrained_layout.use": True,
-        "savefig.dpi": 200,
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=styles),
-        "axes.axisbelow": True,
-        "grid.color": "#DDDDDD",
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 4,
+        "figure.figsize": (6.0, 3.6), "figure.constrained_layout.use": True, "savefig.dpi": 200,
+        "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=styles), "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "grid.color": "#DDDDDD", "grid.linewidth": 0.6,
+        "font.size": 9, "lines.linewidth": 1.6, "lines.markersize": 4,
     })
     if "inline" in plt.get_backend():  # a notebook, which does not heed savefig.dpi
         from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -147,8 +139,7 @@ def heat(images, maps, *, opacity=0.5):
     maps = maps.detach().float().cpu()
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo().tiny)
     maps = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")
-    colours = torch.from_numpy(plt.get_cmap("inferno")(maps[:, 0].numpy())[..., :3])
-    colours = 255 * colours.permute(0, 3, 1, 2)
+    colours = 255 * torch.from_numpy(plt.cm.inferno(maps[:, 0].numpy())[..., :3]).movedim(3, 1)
     return torch.lerp(images.cpu().double(), colours, opacity * maps.double()).round().byte()
 
 
@@ -198,7 +189,7 @@ def lr_schedule(lrs, *, steps_per_epoch, logged=None, ax=None):
     ax.plot(epochs, lrs, color=BLUE, linestyle="-", label="planned")
     if logged is not None:
         steps, rates = zip(*dict(logged).items(), strict=True)
-        ax.plot(np.divide(steps, steps_per_epoch), rates, ":", color=ORANGE, label="logged")
+        ax.plot(np.divide(steps, steps_per_epoch), rates, ":", color="black", label="logged")
         _legend_above(ax)
     ax.set(xlabel="epoch", ylabel="learning rate")
     ax.margins(y=0.16)
@@ -245,7 +236,7 @@ def accuracy_band(histories, *, ax=None):
     return _epoch_curves(histories, "acc", ax, label)
 
 
-def compare_curves(histories, published=None, *, ax=None):
+def compare_curves(histories, published=(), *, ax=None):
     """Plots the test accuracy of several recipes by epoch, the last ones as numbers.
 
     `histories`: {name: rows as for `accuracy_curves`}. `published`: {name: rows with `epoch` and
@@ -253,8 +244,7 @@ def compare_curves(histories, published=None, *, ax=None):
     grey without one. Runs may differ in length: a dotted line goes on at the last accuracy. The
     axis begins at half the lowest last accuracy, in tens; what lies below is cut off.
     """
-    published = published or {}
-    curves = [(f"{name}, source", name, rows) for name, rows in published.items()]
+    curves = [(f"{name}, source", name, rows) for name, rows in dict(published).items()]
     curves += [(name, name, rows) for name, rows in histories.items()]
     if not curves or not all(rows for *_, rows in curves):
         raise ValueError("there must be epochs to draw, in each of the runs")
@@ -296,13 +286,12 @@ def confusion_matrix(results, *, vmax=None, ax=None):
     ax.set_xticks(range(number), results.classes, ha="right", va="center", rotation_mode="anchor",
                   rotation=45 if number <= 20 else 90)
     ax.set_yticks(range(number), results.classes)
-    ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="predicted class", ylabel="true class", anchor="W")
 
     ax.figure.draw_without_rendering()  # only now the size of a cell is known
     cell = ax.bbox.width * 72 / ax.figure.dpi / number
-    ax.tick_params(labelsize=min(9.0, 0.8 * cell))
+    ax.tick_params(labelsize=min(9.0, 0.8 * cell), length=0)
     size = min(9.0, cell / (0.75 * max(len(str(counts.max())), 2)))
     dark = norm(errors).filled(0) > 0.6
     for row, column in np.argwhere((counts > 0) | (number <= 20)) if size >= 4 else ():
@@ -512,8 +501,8 @@ def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=(), smoothed=F
             values = np.array([[row[key] for row in run] for run in runs])
             mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
             ax.plot(epochs, mean, label=name, **style)
-            remark = " (smoothed)" if smoothed and name == "train" else ""
-            text = f"{name}{remark} {mean[-1]:.{digits}f}"
+            shown = "train (smoothed)" if smoothed and name == "train" else name
+            text = f"{shown} {mean[-1]:.{digits}f}"
             if len(runs) > 1:
                 ax.fill_between(epochs, low, high, color=style["color"], alpha=0.25, linewidth=0)
                 text += f" ({low[-1]:.{digits}f}–{high[-1]:.{digits}f})"
@@ -547,6 +536,5 @@ def _label_at_right(ax, x, labels):
         ax.annotate(
             text, (x, y), xytext=(1.04, height), textcoords=ax.get_yaxis_transform(),
             va="center", color=0.75 * np.array(to_rgb(colour)), annotation_clip=False,  # legible
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5),
-                        "shrinkA": 1, "shrinkB": 2},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
         )

@@ -96,7 +96,8 @@ def keep(name, outs, images, folder, *, weights=False, device):
         plotting.use_style()
         histories = [files.read_table(out / "history.csv") for *_, out in runs]
         ax = plotting.accuracy_band([history.to_dict("records") for history in histories])
-        ax.figure.suptitle(run.figure_title(runs[0][0], images, runs=len(runs)), wrap=True)
+        title = run.figure_title(runs[0][0], images, runs=f"{len(runs)} runs")
+        ax.figure.suptitle(title, wrap=True)
         files.save_figure(ax.figure, folder / "accuracy.png")
     if weights:
         model, path = load_weights(median / "weights.safetensors"), folder / "weights.safetensors"
