@@ -199,9 +199,11 @@ def page(weights, source, *, nearest=True):
                 raise gr.Error(str(error), print_exception=False) from error
         return tell
 
-    def gallery(title, columns):
-        gr.Markdown(title)  # a label would cover the first picture
-        return gr.Gallery(columns=columns, height="auto", format="png", show_label=False,
+    def gallery(title, width):
+        """As many columns of at least `width` pixels as there is room for."""
+        grid = f"auto-flow / repeat(auto-fill, minmax({width}px, 1fr)) !important"
+        gr.HTML(f"{title}<style>.at{width} .grid-container {{grid: {grid}}}</style>")
+        return gr.Gallery(height="auto", format="png", show_label=False, elem_classes=f"at{width}",
                           allow_preview=False, interactive=False, buttons=[])
 
     def class_menu(label, any_class):
@@ -221,7 +223,7 @@ def page(weights, source, *, nearest=True):
                                    sources=["upload", "clipboard", "webcam"])
                 # Gradio would decode the file, and fail without saying why.
                 picture.preprocess = lambda payload: payload and payload.path
-                shelf = gallery("Or an example:", 5)
+                shelf = gallery("Or an example:", 66)
             with gr.Column(min_width=280):
                 gr.Markdown("What the network sees:")
                 seen = gr.Image(format="png", height=256, show_label=False, interactive=False,
@@ -234,13 +236,13 @@ def page(weights, source, *, nearest=True):
                 count = gr.Slider(1, min(10, len(model.classes)), 3, step=1, label="classes shown")
                 if nearest:
                     find = gr.Button("Find the three nearest training images")
-                    alike = gallery("The first time this takes minutes.", 3)
+                    alike = gallery("The first time this takes minutes.", 80)
         with gr.Tab("Where it errs") as errors:
             with gr.Row():
                 number = gr.Slider(1, 50, 10, step=1, label="images")
                 pair = class_menu("true class", "any"), class_menu("predicted class", "any")
                 cam = cam_controls()
-            wrong = gallery("True class → predicted class; the surest first.", 5)
+            wrong = gallery("True class → predicted class; the surest first.", 190)
         with gr.Tab("How well it does"):
             gr.Markdown(
                 f"**{results.accuracy:.2f} %** of {len(results.labels):,} test images are right. "

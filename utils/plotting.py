@@ -465,16 +465,3 @@ def _label_at_right(ax, x, labels):
             va="center", color=colour, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 2},
         )
-
-
-# stand-ins, until those of the branch `plots` are here
-def heat(images, maps, *, opacity=0.5):
-    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)
-    maps = nn.functional.interpolate(maps[:, None].float(), images.shape[2:], mode="bilinear")
-    colours = torch.from_numpy(plt.get_cmap("inferno")(maps[:, 0].numpy())[..., :3])
-    colours = 255 * colours.permute(0, 3, 1, 2)
-    return torch.lerp(images.double(), colours, opacity * maps.double()).round().byte()
-
-
-def calibration(results, *, ax=None):
-    return per_class_accuracy(results, ax=ax)
