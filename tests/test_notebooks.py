@@ -12,7 +12,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
+from utils import data, devices, files
+from utils.notebook import begin
 from utils.recipes import recipe
 
 NOTEBOOKS = sorted(Path(__file__).parents[1].glob("*.ipynb"))
@@ -84,10 +87,34 @@ def test_stored_recipe_is_the_one_that_there_is(notebook):
     assert stored == str(recipe(name).scaled(epochs=epochs and int(epochs[1])))
 
 
+@pytest.mark.parametrize("device, weights, wanted, train, epochs", [
+    ("cpu", True, None, False, 24), ("cpu", True, "1", True, 24), ("cpu", False, None, True, 5),
+    ("cpu", False, "1", True, 24), ("cuda", True, None, True, 24),
+])
+def test_a_cpu_takes_what_is_recorded(
+    device, weights, wanted, train, epochs, tmp_path, monkeypatch
+):
+    """Unless it is told to train, or nothing is recorded: then it trains for five epochs."""
+    monkeypatch.setenv("COURSE_DATA", str(tmp_path / "pictures"))
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("COURSE_TRAIN", wanted or "")
+    monkeypatch.setattr(data, "load", lambda source: f"what lies in {Path(source).name}")
+    monkeypatch.setattr(devices, "pick_device", lambda: torch.device(device))
+    monkeypatch.setattr(devices, "amp_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(files, "IMAGES", tmp_path)
+    if weights:
+        (tmp_path / "s10").mkdir()
+        (tmp_path / "s10" / "weights.safetensors").write_text("")
+    assert begin("s10") == (
+        recipe("s10").scaled(epochs=epochs), "what lies in pictures", torch.device(device),
+        torch.bfloat16, tmp_path / "runs" / f"s10-pictures-{epochs}-epochs", train,
+    )
+
+
 def test_samples_folder_vanishes_with_the_process():
     script = """
 from utils import notebook
-folder = notebook.begin("s10")[-1]
+folder = notebook.begin("s10")[-2]
 (folder / "checkpoint.pt").write_text("")
 print(folder)
 """

@@ -1,9 +1,11 @@
 """The optimizer, the one-cycle schedule at its corners and in between, and the range test."""
 
 import copy
+from itertools import accumulate
 
 import hypothesis
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -15,7 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from conftest import CPU, Small, assert_same_state, tiny_images
 from utils import InputError
 from utils.batches import training_batches
-from utils.optimization import lr_range_test, make_optimizer, one_cycle, one_cycle_rates
+from utils.optimization import (
+    lr_range_test,
+    make_optimizer,
+    one_cycle,
+    one_cycle_rates,
+    suggested_lr,
+)
 from utils.recipes import RECIPES, Recipe, recipe
 
 S10 = recipe("s10")
@@ -248,13 +256,19 @@ def make_task(settings=S10, *, outlier=None):
 
 def test_range_test_goes_from_start_to_end():
     model, batches, optimizer = make_task()
-    rates, losses, suggestion = lr_range_test(
+    found = lr_range_test(
         model, batches, optimizer, S10, start_lr=1e-5, end_lr=10**-0.5, steps=46
     )
-    assert rates == pytest.approx([1e-5 * 10 ** (i / 10) for i in range(46)])
-    assert len(losses) == 46
-    assert rates[0] < suggestion < rates[-1] and suggestion in rates
-    assert min(losses) < 0.9 * losses[0], "the model learns nothing"
+    assert list(found["lr"]) == pytest.approx([1e-5 * 10 ** (i / 10) for i in range(46)])
+    losses = found["smoothed"]
+    assert losses.min() < 0.9 * losses[0], "the model learns nothing"
+
+
+def test_suggestion_is_the_steepest_fall_before_the_lowest():
+    losses = [5.0, 4.9, 4.0, 3.9, 3.5, 9.0, 2.0 + 6.9, 3.6]
+    table = pd.DataFrame({"lr": range(1, 9), "smoothed": losses})
+    assert suggested_lr(table) == 3  # from 4.9 to 3.9 in two steps
+    assert suggested_lr(table[:2]) in (1, 2)
 
 
 @pytest.mark.parametrize("changes", [
@@ -279,11 +293,13 @@ def test_range_test_trains_as_the_recipe_says(changes):
             stepper.param_groups[1]["lr"] = rate * settings.logit_scale**2
         stepper.step()
         expected.append(loss.item())
-    found, losses, _ = lr_range_test(
-        model, batches, optimizer, settings, start_lr=0.01, end_lr=0.1, steps=10, smoothing=0
+    found = lr_range_test(
+        model, batches, optimizer, settings, start_lr=0.01, end_lr=0.1, steps=10
     )
-    assert found == pytest.approx(rates)
-    assert losses == pytest.approx(expected, rel=1e-5)
+    assert list(found["lr"]) == pytest.approx(rates)
+    assert list(found["loss"]) == pytest.approx(expected, rel=1e-5)
+    smoothed = accumulate(expected, lambda mean, loss: 0.2 * loss + 0.8 * mean)
+    assert list(found["smoothed"]) == pytest.approx(list(smoothed), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -327,18 +343,16 @@ def test_range_test_takes_the_batches_of_a_recipe():
     model = Small(3)
     batches = training_batches(settings, tiny_images(), device=CPU)
     optimizer = make_optimizer(model, settings)
-    rates, losses, _ = lr_range_test(model, batches, optimizer, settings, end_lr=1e-3, steps=5)
-    assert len(rates) == len(losses) == 5 > len(batches)
+    found = lr_range_test(model, batches, optimizer, settings, end_lr=1e-3, steps=5)
+    assert len(found) == 5 > len(batches)
 
 
 def test_range_test_keeps_only_finite_losses():
     """One batch that is not finite spoils the weights, and with them all losses that follow."""
     model, batches, optimizer = make_task(outlier=3 * 8)
-    rates, losses, suggestion = lr_range_test(
-        model, batches, optimizer, S10, start_lr=1e-4, end_lr=1e-2, steps=5
-    )
-    assert rates == pytest.approx([1e-4, 10**-3.5, 1e-3])
-    assert len(losses) == 3 and np.isfinite(losses).all() and suggestion in rates
+    found = lr_range_test(model, batches, optimizer, S10, start_lr=1e-4, end_lr=1e-2, steps=5)
+    assert list(found["lr"]) == pytest.approx([1e-4, 10**-3.5, 1e-3])
+    assert np.isfinite(found).all(axis=None)
     assert all(p.isfinite().all() for p in model.parameters())
 
 

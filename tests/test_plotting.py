@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Annotation, Text
@@ -92,8 +94,10 @@ SINGLE = [
     partial(plotting.loss_curves, HISTORY),
     partial(plotting.accuracy_curves, HISTORY, claimed={"test": 70}),
     partial(plotting.accuracy_band, [HISTORY, HISTORY]),
+    partial(plotting.compare_curves, {"own": HISTORY}, {"own": HISTORY[:2]}),
     partial(plotting.confusion_matrix, RESULTS),
     partial(plotting.per_class_accuracy, RESULTS),
+    partial(plotting.calibration, RESULTS),
     partial(plotting.time_by_phase, PHASES),
     partial(plotting.network, NETWORK),
 ]
@@ -197,6 +201,44 @@ def test_misclassified_grid_titles_of_long_names_do_not_overlap():
     assert not overlap(boxes + [ax.get_window_extent() for ax in axes.flat])
 
 
+# Maps over pictures
+
+
+def inferno(value):
+    return 255 * np.array(plt.get_cmap("inferno")(value)[:3])
+
+
+def test_heat_enlarges_bilinearly_and_is_as_opaque_as_the_map_is_large():
+    images = pictures(1, height=2, width=4)
+    over = plotting.heat(images, torch.tensor([[[0.0, 3.0]]]), opacity=0.5)
+    assert over.dtype == torch.uint8
+    for column, value in enumerate([0.0, 0.25, 0.75, 1.0]):
+        before = images[0, :, :, column].T.double().numpy()
+        expected = before + 0.5 * value * (inferno(value) - before)
+        assert over[0, :, :, column].T.tolist() == expected.round().tolist()
+
+
+@given(st.integers(0, 2**32), st.floats(0, 1), st.integers(-9, 9))
+def test_heat_scales_each_map_to_its_own_maximum(seed, opacity, exponent):
+    maps = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(seed))
+    larger = maps * torch.tensor([1.0, 2.0**exponent])[:, None, None]
+    first, second = (plotting.heat(pictures(2), each, opacity=opacity) for each in (maps, larger))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("maps, opacity", [(torch.zeros(3, 2, 2), 1), (torch.ones(3, 2, 2), 0)])
+def test_heat_of_nothing_leaves_the_pictures_as_they_are(maps, opacity):
+    assert torch.equal(plotting.heat(pictures(3), maps, opacity=opacity), pictures(3))
+
+
+def test_heat_at_full_opacity_is_the_colour_alone_and_leaves_its_arguments_alone():
+    images, maps = pictures(2), torch.full((2, 40, 40), 7.0, requires_grad=True)
+    over = plotting.heat(images, maps, opacity=1)
+    colour = torch.from_numpy(inferno(1.0).round())[:, None, None]
+    assert torch.equal(over, colour.byte().expand_as(over))
+    assert torch.equal(images, pictures(2)) and (maps == 7).all()
+
+
 # Learning rates
 
 
@@ -294,6 +336,38 @@ def test_accuracy_band_is_mean_and_range_of_the_runs():
     assert "2 runs" in ax.get_ylabel()
 
 
+def test_compare_curves_draws_sources_in_the_colour_of_their_recipe_and_runs_of_any_length():
+    published = {"b": HISTORY[:1], "unknown": HISTORY}
+    ax = plotting.compare_curves({"a": HISTORY[:2], "b": HISTORY}, published)
+    first, second, *_ = plotting.COLOURS
+    own, continued = ax.lines[::2], ax.lines[1::2]
+    drawn = [(line.get_color(), line.get_xydata().T.tolist()) for line in own]
+    assert drawn == [
+        (second, [[1], [55.0]]),
+        (plotting.GREY, [[1, 2, 3], [55.0, 62.5, 75.125]]),
+        (first, [[1, 2], [55.0, 62.5]]),
+        (second, [[1, 2, 3], [55.0, 62.5, 75.125]]),
+    ]
+    assert [line.get_xydata().T.tolist() for line in continued] == [
+        [[1, 3], [55.0] * 2], [[3, 3], [75.125] * 2], [[2, 3], [62.5] * 2], [[3, 3], [75.125] * 2]
+    ]
+    assert texts(ax) == ["unknown, source 75.12", "b 75.12", "a 62.50", "b, source 55.00"]
+    assert not overlap(extents(ax, ax.texts))
+    assert own[0].get_linewidth() < own[3].get_linewidth()
+
+
+@pytest.mark.parametrize("last, bottom", [(93.4, 40), (68.8, 30), (10, 0), (float("nan"), 0)])
+def test_compare_curves_begins_at_half_the_lowest_last_accuracy_in_tens(last, bottom):
+    ax = plotting.compare_curves({"a": [{"epoch": 1, "test_acc": last}]})
+    assert ax.get_ylim() == (bottom, 100)
+
+
+def test_compare_curves_of_more_recipes_than_colours_begins_again():
+    ax = plotting.compare_curves({str(i): HISTORY for i in range(7)})
+    assert ax.lines[12].get_color() == ax.lines[0].get_color() == plotting.BLUE
+    assert len({(line.get_color(), line.get_marker()) for line in ax.lines[:12:2]}) == 6
+
+
 # Results by class
 
 
@@ -339,6 +413,25 @@ def test_per_class_accuracy_sorts_the_classes_and_marks_their_mean():
     assert ticks(ax.yaxis) == ["dog  70.0 %", "cat  90.0 %", f"{CLASSES[2]}  99.5 %"]
     assert list(ax.lines[0].get_xdata()) == [86.5, 86.5]
     assert texts(ax) == ["mean 86.50 %"]
+
+
+def test_calibration_draws_accuracy_by_confidence_the_gap_and_the_share_of_each_bin():
+    """0.95 twice and 0.98, two of them right, and 0.62, wrong."""
+    confidences = torch.tensor([0.95, 0.95, 0.98, 0.62])
+    logits = torch.stack([confidences.log(), (1 - confidences).log()], dim=1)
+    ax = plotting.calibration(Results(logits, torch.tensor([0, 0, 1, 1])))
+    points = [[62, 0], [96, 200 / 3]]
+    drawn = ax.lines[1].get_xydata()
+    assert drawn[np.isfinite(drawn).all(axis=1)] == pytest.approx(np.array(points), rel=1e-5)
+    gaps = [line for line in ax.collections[0].get_segments() if np.isfinite(line).all()]
+    assert np.array(gaps) == pytest.approx(
+        np.array([[[x, x], [x, y]] for x, y in points]), rel=1e-5
+    )
+    bars = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in ax.patches}
+    assert {x: y for x, y in bars.items() if y} == pytest.approx({190 / 3: 25, 290 / 3: 75})
+    assert texts(ax) == ["1", "3"]
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "gap, on average 37.50 % (ECE)" in named  # (62 + 3 · (96 - 200/3)) / 4
 
 
 # Where the time goes
@@ -447,9 +540,15 @@ NO_ERRORS = counted([[2, 0], [0, 2]])
     (r"in 0\.\.1, got nan\.\.nan", partial(plotting.image_grid, pictures(1) * float("nan"))),
     ("uint8 or float, got torch.int64", partial(plotting.image_grid, pictures(1).long())),
     ("no image is mis", partial(plotting.misclassified_grid, NO_ERRORS, pictures(4))),
+    ("a map for each", partial(plotting.heat, pictures(2), torch.ones(1, 2, 2))),
+    ("uint8 images", partial(plotting.heat, pictures(1) / 255, torch.ones(1, 2, 2))),
+    ("nowhere negative", partial(plotting.heat, pictures(1), -torch.eye(2)[None])),
+    ("nowhere negative", partial(plotting.heat, pictures(1), torch.full((1, 2, 2), torch.nan))),
     ("equally long", partial(plotting.lr_finder_curve, [1e-3], [1.0, 2.0])),
     ("some loss finite", partial(plotting.lr_finder_curve, [1e-3], [float("inf")])),
     ("there must be epochs", partial(plotting.loss_curves, [])),
+    ("in each of the runs", partial(plotting.compare_curves, {"a": HISTORY, "b": []})),
+    ("in each of the runs", partial(plotting.compare_curves, {})),
     ("the same ones in all", partial(plotting.accuracy_band, [HISTORY, HISTORY[:2]])),
 ])
 def test_rejects_what_cannot_be_drawn(message, draw):

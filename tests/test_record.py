@@ -160,6 +160,16 @@ def test_a_precision_that_the_device_lacks_is_not_emulated(copy, images, monkeyp
     assert list(files.read_table(copy / "new/runs.csv")["precision"]) == ["bfloat16"]
 
 
+def test_the_figure_of_several_runs_says_how_many(copy, monkeypatch):
+    titles = []
+    monkeypatch.setattr(files, "save_figure", lambda figure, _: titles.append(
+        figure.get_suptitle()
+    ))
+    outs = [str(out_of(copy, seed)) for seed in range(3)]
+    record.main(["s10", "--from", *outs, "--data", "colours", "--to", "new", "--device", "cpu"])
+    assert titles == ["s10 · 3 runs of one epoch on the folder colours"]
+
+
 def test_fewer_runs_leave_nothing_of_the_others(copy):
     record.main(["s10", "--from", str(out_of(copy, 2)), "--data", "colours", "--to", "kept",
                  "--device", "cpu"])

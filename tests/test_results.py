@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from utils.results import Results
 
@@ -78,6 +79,57 @@ def test_calibration_error_by_hand():
     expected = (2 * abs(0.62 - 0.5) + 2 * abs((0.95 + 0.98) / 2 - 0.5)) / 4
     results = Results(logits, torch.tensor([0, 1, 0, 1]))
     assert results.calibration_error == pytest.approx(100 * expected, rel=1e-4)
+
+
+@given(some_results())
+def test_calibration_counts_the_images_of_each_bin_and_its_means(results):
+    confidences = results.logits.softmax(1).amax(1).double().numpy()
+    right = results.logits.argmax(1).numpy() == results.labels.numpy()
+    expected = []
+    for k in range(15):
+        inside = (confidences > k / 15) & (confidences <= (k + 1) / 15)
+        means = [100 * confidences[inside].mean(), 100 * right[inside].mean()] if any(inside) else (
+            [math.nan] * 2
+        )
+        expected.append([inside.sum(), *means])
+    found = [each.tolist() for each in results.calibration]
+    assert np.allclose(np.transpose(found), expected, rtol=1e-12, equal_nan=True)
+
+
+@given(some_results())
+def test_calibration_error_is_torchmetrics_and_the_mean_gap_of_the_bins(results):
+    counts, confidences, accuracies = (each.numpy() for each in results.calibration)
+    gaps = np.nan_to_num(np.abs(accuracies - confidences))
+    assert results.calibration_error == pytest.approx(np.average(gaps, weights=counts))
+    assume(results.confidences.max() < 1)  # torchmetrics 1.x gives those a bin of their own
+    how = {"num_classes": results.logits.shape[1], "n_bins": 15}
+    library = multiclass_calibration_error(results.logits.softmax(1), results.labels, **how)
+    assert results.calibration_error == pytest.approx(100 * library.item(), rel=1e-4, abs=1e-4)
+
+
+def test_calibration_counts_entire_certainty_in_the_last_bin():
+    """0.95 wrong and 1 right, in one bin: 97.5 % sure, 50 % right."""
+    logits = torch.tensor([[math.log(0.95), math.log(0.05)], [1000, 0]])
+    results = Results(logits, torch.tensor([1, 0]))
+    assert results.calibration[0].tolist() == [0] * 14 + [2]
+    assert results.calibration_error == pytest.approx(47.5)
+
+
+def test_calibration_error_of_a_diverged_network_is_not_a_number():
+    results = Results(torch.tensor([[math.nan, math.nan], [1, 0]]), torch.tensor([0, 0]))
+    assert math.isnan(results.calibration_error)
+
+
+@given(some_results())
+def test_mean_confidence_tells_right_from_wrong(results):
+    confidences = results.logits.double().softmax(1).amax(1)
+    for right in (True, False):
+        own = [c for c, p, label in zip(confidences.tolist(), results.predictions, results.labels,
+                                        strict=True) if (p == label) == right]
+        expected = pytest.approx(100 * np.mean(own), rel=1e-5) if own else pytest.approx(
+            math.nan, nan_ok=True
+        )
+        assert results.mean_confidence(right=right) == expected
 
 
 @pytest.mark.parametrize("logits, labels, classes, message", [

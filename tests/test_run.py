@@ -71,6 +71,15 @@ def test_a_run_writes_these_files(out):
             assert min(figure.size) > 100
 
 
+@pytest.mark.parametrize("name, epochs, runs, expected", [
+    ("CIFAR-10", 24, 1, "s10 · one run of 24 epochs on CIFAR-10"),
+    ("the folder cifar10", 1, 3, "s10 · 3 runs of one epoch on the folder cifar10"),
+])
+def test_the_title_of_a_figure_says_of_which_runs_it_is(name, epochs, runs, expected):
+    images = replace(tiny_images(), name=name)
+    assert run.figure_title(recipe("s10").scaled(epochs=epochs), images, runs=runs) == expected
+
+
 def test_metrics_say_how_the_run_was_made(out):
     images = tiny_images()
     mean, std = images.statistics

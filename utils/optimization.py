@@ -5,6 +5,7 @@ import io
 import warnings
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import TqdmExperimentalWarning
@@ -79,17 +80,18 @@ def one_cycle_rates(recipe, *, total_steps):
     return rates
 
 
+SMOOTHING = 0.2  # weight of the newest loss in a range test's running mean
+
+
 def lr_range_test(
-    model, batches, optimizer, recipe, *, start_lr=1e-6, end_lr=1.0, steps=100, dtype=None,
-    smoothing=0.2,
+    model, batches, optimizer, recipe, *, start_lr=1e-6, end_lr=1.0, steps=100, dtype=None
 ):
     """Trains for some steps while the rate grows from `start_lr` to `end_lr`, by torch-lr-finder.
 
     With the recipe's label smoothing, clipping and factors of rates. Model and optimizer are put
-    back as they were. Returns (rates, losses, suggestion): two lists, the losses smoothed, and
-    the rate where the loss falls fastest on its way to the lowest. Stops early where the loss is
-    twice the lowest. `dtype`: of mixed precision, None for float32. Raises InputError where the
-    loss is not finite from the start.
+    back as they were. Returns a DataFrame with `lr`, `loss` and `smoothed`, its running mean, of
+    each step. Stops early where that is twice the lowest. `dtype`: of mixed precision, None for
+    float32. Raises InputError where the loss is not finite from the start.
     Source: Smith, "Cyclical learning rates for training neural networks" (2017).
     """
     device = next(model.parameters()).device
@@ -114,19 +116,26 @@ def lr_range_test(
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how to draw its own plot
             finder.range_test(
                 TrainDataLoaderIter(batches), start_lr=start_lr, end_lr=end_lr, num_iter=steps,
-                smooth_f=smoothing, diverge_th=2,
+                smooth_f=SMOOTHING, diverge_th=2,
             )
     finally:
         hook.remove()
         finder.reset()
-    rates, losses = finder.history["lr"], finder.history["loss"]
-    finite = np.isfinite(losses)  # the library goes on after a loss that is not a number
-    end = len(losses) if finite.all() else int(finite.argmin())
-    if end < 2:
+    found = pd.DataFrame(finder.history).rename(columns={"loss": "smoothed"})
+    finite = np.isfinite(found["smoothed"]).cummin()  # the library goes on after one that is not
+    found = found[finite]
+    if len(found) < 2:
         raise InputError(f"the loss is not finite at a rate of {start_lr}; start lower")
-    rates, losses = rates[:end], losses[:end]
-    before_lowest = losses[: max(int(np.argmin(losses)), 1) + 1]  # after it, noise decides
-    return rates, losses, rates[int(np.gradient(before_lowest).argmin())]
+    smoothed, before = found["smoothed"], found["smoothed"].shift()
+    loss = ((smoothed - (1 - SMOOTHING) * before) / SMOOTHING).fillna(smoothed)  # the first
+    return found.assign(loss=loss)[["lr", "loss", "smoothed"]]
+
+
+def suggested_lr(found):
+    """Where the smoothed loss of a range test falls fastest on its way to the lowest."""
+    losses = found["smoothed"].to_numpy()
+    before_lowest = losses[: max(int(losses.argmin()), 1) + 1]  # after it, noise decides
+    return found["lr"][int(np.gradient(before_lowest).argmin())]
 
 
 def clip_gradients(model, recipe):

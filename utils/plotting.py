@@ -7,19 +7,22 @@ batch has to be brought back to 0..1 first. Raises ValueError where something do
 
 import copy
 import math
-from itertools import accumulate, zip_longest
+from itertools import accumulate, cycle, zip_longest
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
+from torch.nn import functional as F
 
 # Okabe & Ito's palette: its colours stay apart in all common kinds of colour blindness.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILION, GREY = "#56B4E9", "#D55E00", "#666666"
+
+COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)  # one after the other, the darker ones first
 
 # Colour, line style and marker all differ, so that a grey print can be read too.
 LINES = {
@@ -43,7 +46,6 @@ def use_style():
 
     Files, and the pictures that a notebook stores, get two pixels where the size asks for one.
     """
-    colours = [BLUE, VERMILION, GREEN, ORANGE, PINK, SKY]
     styles = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))]
     plt.rcParams.update({
         "figure.figsize": (6.0, 3.6),
@@ -52,7 +54,7 @@ def use_style():
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": plt.cycler(color=colours, linestyle=styles),
+        "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=styles),
         "axes.axisbelow": True,
         "grid.color": "#DDDDDD",
         "grid.linewidth": 0.6,
@@ -131,6 +133,23 @@ def misclassified_grid(results, images, *, count=10, columns=5, axes=None):
         for i in wrong.tolist()
     ]
     return image_grid(images[wrong], titles, columns=columns, axes=axes)
+
+
+def heat(images, maps, *, opacity=0.5):
+    """Lays maps of what counts in pictures over them: (N, 3, H, W), uint8, on the CPU.
+
+    `images`: uint8 (N, 3, H, W). `maps`: float (N, h, w), not negative; each is scaled to its own
+    maximum and enlarged bilinearly. The colour is the more opaque the larger the value, up to
+    `opacity`, and a map of zeros leaves its picture as it is.
+    """
+    if images.dtype != torch.uint8 or len(maps) != len(images) or not (maps >= 0).all():
+        raise ValueError("there must be uint8 images and a map for each, nowhere negative")
+    maps = maps.detach().float().cpu()
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo().tiny)
+    maps = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")
+    colours = torch.from_numpy(plt.get_cmap("inferno")(maps[:, 0].numpy())[..., :3])
+    colours = 255 * colours.permute(0, 3, 1, 2)
+    return torch.lerp(images.cpu().double(), colours, opacity * maps.double()).round().byte()
 
 
 def lr_finder_curve(
@@ -218,6 +237,36 @@ def accuracy_band(histories, *, ax=None):
     return _epoch_curves(histories, "acc", ax, label)
 
 
+def compare_curves(histories, published=None, *, ax=None):
+    """Plots the test accuracy of several recipes by epoch, the last ones as numbers.
+
+    `histories`: {name: rows as for `accuracy_curves`}. `published`: {name: rows with `epoch` and
+    `test_acc`}, what the sources report; drawn thin, in the colour of the recipe of that name,
+    grey without one. Runs may differ in length: a dotted line goes on at the last accuracy. The
+    axis begins at half the lowest last accuracy, in tens; what lies below is cut off.
+    """
+    published = published or {}
+    curves = [(f"{name}, source", name, rows) for name, rows in published.items()]
+    curves += [(name, name, rows) for name, rows in histories.items()]
+    if not curves or not all(rows for *_, rows in curves):
+        raise ValueError("there must be epochs to draw, in each of the runs")
+    ax = _single(ax, (8.0, 4.4))
+    styles = dict(zip(histories, cycle(zip(COLOURS, "os^DvP", strict=True))))
+    end, labels = max(rows[-1]["epoch"] for *_, rows in curves), []
+    for label, name, rows in curves:
+        colour, marker = styles.get(name, (GREY, ""))
+        marker, line, width = (marker, "-", 1.6) if label == name else ("", "--", 0.9)
+        epochs, accuracies = [row["epoch"] for row in rows], [row["test_acc"] for row in rows]
+        last = accuracies[-1]
+        ax.plot(epochs, accuracies, marker + line, color=colour, linewidth=width, markersize=3.5)
+        ax.plot([epochs[-1], end], [last] * 2, ":", color=colour, linewidth=0.9)
+        labels.append((last, f"{label} {last:.2f}", colour))
+    lowest = min((last for last, *_ in labels if np.isfinite(last)), default=0)
+    ax.set_ylim(lowest // 20 * 10, 100)
+    _finish_epochs(ax, 1, end, "test accuracy, %", labels)
+    return ax
+
+
 def confusion_matrix(results, *, vmax=None, ax=None):
     """Draws the confusion matrix of a `Results`: the counts as numbers, the errors as colour.
 
@@ -272,6 +321,27 @@ def per_class_accuracy(results, *, ax=None):
     ax.text(mean, 1.0, f"mean {mean:.2f} %", transform=ax.get_xaxis_transform(),
             color=VERMILION, ha="center", va="bottom")
     ax.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel="accuracy, %")
+    return ax
+
+
+def calibration(results, *, ax=None):
+    """Draws the reliability diagram of a `Results`: accuracy against confidence, bin by bin.
+
+    A point is a bin's accuracy at its mean confidence: below the diagonal the network is surer
+    than right. The bars are the shares of the images, with their numbers.
+    """
+    counts, confidences, accuracies = (each.numpy() for each in results.calibration)
+    width = 100 / len(counts)
+    ax = _single(ax, (5.4, 4.6))
+    bars = ax.bar(width * (np.arange(len(counts)) + 0.5), 100 * counts / counts.sum(), 0.9 * width,
+                  color="#DDDDDD", label="share of images")
+    ax.bar_label(bars, [f"{n:,}" if n else "" for n in counts], color=GREY, fontsize=8)
+    ax.plot([0, 100], [0, 100], color="black", linestyle=":", label="as right as sure")
+    ax.vlines(confidences, confidences, accuracies, color=VERMILION, linewidth=3,
+              label=f"gap, on average {results.calibration_error:.2f} % (ECE)")
+    ax.plot(confidences, accuracies, color=BLUE, linestyle="", marker="o", label="accuracy")
+    ax.set(xlim=(0, 101), ylim=(0, 104), xlabel="confidence, %", ylabel="accuracy, %")
+    _legend_above(ax, 2)
     return ax
 
 
@@ -418,8 +488,8 @@ def _show(ax, picture=None):
     ax.spines[:].set_visible(False)
 
 
-def _legend_above(ax):
-    ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2,
+def _legend_above(ax, columns=4):
+    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2,
               columnspacing=1.2, handlelength=1.7)
 
 
@@ -443,11 +513,16 @@ def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=()):
         colour = LINES.get(name, {}).get("color", GREY)
         ax.axhline(claimed[name], color=colour, linestyle=":", linewidth=1)
         labels.append((claimed[name], f"claimed {name} {claimed[name]:.{digits}f}", colour))
-    ax.set(xlabel="epoch", ylabel=label, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+    _finish_epochs(ax, epochs[0], epochs[-1], label, labels)
+    return ax
+
+
+def _finish_epochs(ax, first, last, label, labels):
+    """The axes of curves from epoch `first` to `last`, and the `labels` of their ends."""
+    ax.set(xlabel="epoch", ylabel=label, xlim=(first - 0.5, last + 0.5))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(axis="y")
-    _label_at_right(ax, epochs[-1], labels)
-    return ax
+    _label_at_right(ax, last, labels)
 
 
 def _label_at_right(ax, x, labels):
@@ -462,6 +537,7 @@ def _label_at_right(ax, x, labels):
     for (y, text, colour), height in zip(reversed(labels), list(heights)[1:], strict=True):
         ax.annotate(
             text, (x, y), xytext=(1.04, height), textcoords=ax.get_yaxis_transform(),
-            va="center", color=colour, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 2},
+            va="center", color=0.75 * np.array(to_rgb(colour)), annotation_clip=False,  # legible
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5),
+                        "shrinkA": 1, "shrinkB": 2},
         )

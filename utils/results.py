@@ -6,10 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import (
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-)
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from utils import InputError, files
 
@@ -49,6 +46,11 @@ class Results:
         return self.logits.softmax(1).amax(1)
 
     @cached_property
+    def right(self):
+        """Which predictions are right, bool (N,)."""
+        return self.predictions == self.labels
+
+    @cached_property
     def loss(self):
         """The mean cross-entropy over all images."""
         return F.cross_entropy(self.logits, self.labels).item()
@@ -56,7 +58,7 @@ class Results:
     @cached_property
     def accuracy(self):
         """The share of right predictions."""
-        return 100 * (self.predictions == self.labels).sum().item() / len(self.labels)
+        return 100 * self.right.sum().item() / len(self.labels)
 
     @cached_property
     def confusion(self):
@@ -69,19 +71,37 @@ class Results:
         rows = zip(self.classes, self.confusion.tolist(), strict=True)
         return {name: 100 * row[i] / sum(row) for i, (name, row) in enumerate(rows) if sum(row)}
 
+    def mean_confidence(self, *, right):
+        """The mean confidence of the right predictions or of the wrong ones, NaN without any."""
+        return 100 * self.confidences[self.right == right].mean().item()
+
+    @cached_property
+    def calibration(self):
+        """(counts, confidences, accuracies) of 15 equal bins of confidence, from 0 to 1.
+
+        The number of images in each, int64 (15,), their mean confidence and their accuracy, both
+        float64 (15,), NaN in an empty bin. An upper bound belongs to its bin, a lower one doesn't.
+        """
+        confidences = self.confidences.double()
+        bounds = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
+        bins = torch.bucketize(confidences, bounds[1:-1])
+        sums = (bins.bincount(each, BINS) for each in (confidences, self.right.double()))
+        counts = bins.bincount(minlength=BINS)
+        return counts, *(100 * each / counts for each in sums)
+
     @cached_property
     def calibration_error(self):
-        """The expected calibration error over 15 equal bins of confidence.
+        """The expected calibration error: how far confidence is off accuracy, a bin's mean.
 
         Source: Guo et al., "On calibration of modern neural networks" (2017).
         """
-        return 100 * multiclass_calibration_error(
-            self.logits.softmax(1), self.labels, len(self.classes), n_bins=BINS
-        ).item()
+        counts, confidences, accuracies = self.calibration
+        off = counts * (accuracies - confidences).abs()
+        return off[counts > 0].sum().item() / len(self.labels)
 
     def misclassified(self, count=10):
         """Indices int64 of at most `count` wrong predictions, spread evenly over all of them."""
-        wrong = (self.predictions != self.labels).nonzero().squeeze(1)
+        wrong = (~self.right).nonzero().squeeze(1)
         return wrong[torch.linspace(0, len(wrong) - 1, min(count, len(wrong))).long()]
 
     def most_confused(self, count=3):

@@ -237,10 +237,17 @@ def save_figures(out, recipe, images, results, history):
     paths = []
     for name, draw in drawn.items():
         draw()
-        plt.gcf().suptitle(f"{recipe.name} on {images.name}")
+        plt.gcf().suptitle(figure_title(recipe, images), wrap=True)
         paths.append(out / f"{name}.png")
         files.save_figure(plt.gcf(), paths[-1])
     return paths
+
+
+def figure_title(recipe, images, *, runs=1):
+    """What stands above pictures of one run, or of several: "s10 · 3 runs of 24 epochs on …"."""
+    count = "one run" if runs == 1 else f"{runs} runs"
+    epochs = "one epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
+    return f"{recipe.name} · {count} of {epochs} on {images.name}"
 
 
 def test_results(model, images, *, dtype=None):

@@ -97,7 +97,7 @@ def keep(name, outs, images, folder, *, weights=False, device):
         plotting.use_style()
         histories = [files.read_table(out / "history.csv") for *_, out in runs]
         ax = plotting.accuracy_band([history.to_dict("records") for history in histories])
-        ax.figure.suptitle(f"{name} on {images.name}")
+        ax.figure.suptitle(run.figure_title(runs[0][0], images, runs=len(runs)), wrap=True)
         files.save_figure(ax.figure, folder / "accuracy.png")
     if weights:
         model, path = load_weights(median / "weights.safetensors"), folder / "weights.safetensors"
