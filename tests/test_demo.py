@@ -1,9 +1,14 @@
 """The page: what it computes, what it answers over the network and in a browser, its export."""
 
 import ast
+import io
+import json
 import re
+import shutil
 import struct
 import sys
+import tempfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -288,19 +293,123 @@ def test_the_nearest_over_the_network(asked, model, pictures):
     assert [each["caption"] for each in found] == [name for _, name in expected]
 
 
-def test_no_other_file_can_be_read(address, asked, weights, pictures):
-    secret = str(pictures / "0.png")  # a picture that was never uploaded under this name
-    for path in ("/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd",
-                 str(ROOT / "README.md"), "README.md", str(weights), secret):
-        for route in ("gradio_api/file=", "file=", "gradio_api/stream/", "static/", "assets/"):
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(f"{address}{route}{path}")
-            assert refused.value.code in (403, 404, 405), (route, path)
-    for payload in ({"path": secret, "meta": {"_type": "gradio.FileData"}}, {"path": secret},
-                    {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
-                    {"url": f"file://{secret}", "meta": {"_type": "gradio.FileData"}}):
-        with pytest.raises(Exception, match="(?i)access|cannot|invalid|valid|error"):  # noqa: B017
-            asked.predict(payload, 3, "", "", 0.5, api_name="/answer")
+@pytest.mark.parametrize("route", ["gradio_api/file=", "static/", "assets/"])
+def test_no_other_file_is_handed_out(address, weights, pictures, route):
+    for path in ("/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", weights,
+                 ROOT / "README.md", "README.md", pictures / "0.png"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}{route}{path}")
+        assert refused.value.code in (403, 404), path
+
+
+@pytest.mark.parametrize("name", ["/answer", "/nearest"])
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "file"])
+def test_no_other_file_is_classified(address, pictures, name, meta):
+    """By hand, since the client uploads what it is given."""
+    for path in (pictures / "0.png", ROOT / "images/custom_resnet.png", "/etc/passwd",
+                 f"{tempfile.gettempdir()}/gradio/../{pictures / '0.png'}"):
+        wishes = [{"path": str(path), **meta}, 3, "", "", 0.5]
+        request = urllib.request.Request(
+            f"{address}gradio_api/call{name}", headers={"Content-Type": "application/json"},
+            data=json.dumps({"data": wishes if name == "/answer" else wishes[:1]}).encode(),
+        )
+        event = json.load(urllib.request.urlopen(request))["event_id"]
+        answer = urllib.request.urlopen(f"{address}gradio_api/call{name}/{event}").read()
+        assert answer.startswith(b"event: error"), path
+
+
+# What a browser shows
+
+
+@pytest.fixture
+def browser(address):
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium to lead a browser")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.skip("needs a browser: chromium, and chromium-driver to lead it")
+    options = selenium.ChromeOptions()
+    options.binary_location = paths[0]
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    driver = selenium.Chrome(options, selenium.ChromeService(paths[1]))
+    driver.get(address)
+    yield driver
+    driver.quit()
+
+
+def until(fits, seconds=PATIENT["timeout"]):
+    """Waits for what a page has to show; it is redrawn at any time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if fits():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the page does not show it")
+
+
+def test_a_browser_shows_answers_mistakes_and_results(browser, address, model, weights, pictures):
+    def all_of(selector, property):
+        script = f"return [...document.querySelectorAll({selector!r})].map(it => it.{property})"
+        return browser.execute_script(script)
+
+    def click(selector):
+        until(lambda: all_of(selector, "isConnected"))
+        browser.execute_script(f"document.querySelector({selector!r}).click()")
+
+    def type_number(name, number):
+        field = browser.find_element("css selector", f"[aria-label='number input for {name}']")
+        field.send_keys("\ue009a\ue000", f"{number}", "\ue007")  # Ctrl+A, …, Enter
+
+    def shows_shares(path, count):
+        expected = expected_shares(model, path, count)
+        names, shares = all_of("meter", "ariaLabel"), all_of("meter", "value")
+        return names == list(expected) and shares == pytest.approx(list(expected.values()))
+
+    def shows_picture(picture):
+        for address_of in all_of("img", "src"):
+            with Image.open(io.BytesIO(urllib.request.urlopen(address_of).read())) as found:
+                if found.size == (256, 256) and found.tobytes() == picture.tobytes():
+                    return True
+        return False
+
+    for name in ("large.jpg", "grey.png", "rgba.png"):
+        until(lambda: all_of("input[type=file]", "isConnected"))
+        browser.find_element("css selector", "input[type=file]").send_keys(str(pictures / name))
+        until(lambda name=name: shows_shares(pictures / name, 3))
+        click("[aria-label='Remove Image']")
+        until(lambda: not all_of("meter", "value"))
+
+    until(lambda: len(all_of(".thumbnail-item", "isConnected")) == 10)
+    click("[aria-label^='Thumbnail 5 ']")
+    until(lambda: shows_shares(pictures / "4.png", 3))
+    type_number("classes shown", 5)
+    until(lambda: shows_shares(pictures / "4.png", 5))
+    click("[data-testid='prep-radio-label'] input")
+    until(lambda: shows_picture(demo.answer(model, pictures / "4.png", layer="prep")[0]))
+    type_number("its opacity", 0.9)
+    until(lambda: shows_picture(
+        demo.answer(model, pictures / "4.png", layer="prep", opacity=0.9)[0]
+    ))
+
+    click("[aria-label='Remove Image']")
+    until(lambda: all_of("input[type=file]", "isConnected"))
+    browser.find_element("css selector", "input[type=file]").send_keys(str(pictures / "text.png"))
+    until(lambda: any(NOT_SEEN["text.png"] in text for text in
+                      all_of("[data-testid=toast-text]", "textContent")))
+
+    results = read_predictions(weights.with_name("predictions.safetensors"))
+    expected = demo.captions(results, demo.surest_mistakes(results, 10))
+    until(lambda: len(all_of("[role=tab]", "isConnected")) >= 3)
+    browser.find_element("xpath", "//button[@role='tab'][.='Where it errs']").click()
+    until(lambda: [text.strip() for text in all_of(".caption-label", "textContent")][-10:]
+          == expected)
+    browser.find_element("xpath", "//button[@role='tab'][.='How well it does']").click()
+    until(lambda: sum(
+        place and width > 300
+        for place, width in zip(all_of("img", "offsetHeight"), all_of("img", "naturalWidth"),
+                                strict=True)
+    ) == 3)
+    assert f"{results.accuracy:.2f} %" in browser.find_element("tag name", "body").text
 
 
 # What is written for Hugging Face

@@ -190,6 +190,13 @@ def page(weights, source, *, nearest=True):
     def chosen(event: gr.SelectData):
         return examples()[event.index][0]
 
+    def uploaded(payload):
+        """Its path. Gradio would decode it, fail without a reason, and take any path by hand."""
+        path = payload and payload.path
+        if path and not gr.utils.is_in_or_equal(path, picture.GRADIO_CACHE):
+            raise gr.Error("this file was not uploaded; upload it", print_exception=False)
+        return path
+
     def told(function):
         """Where the user's input can't be used, the page says why."""
         def tell(*args):
@@ -221,8 +228,7 @@ def page(weights, source, *, nearest=True):
                 gr.Markdown("Your picture:")
                 picture = gr.Image(type="filepath", format="png", height=256, show_label=False,
                                    sources=["upload", "clipboard", "webcam"])
-                # Gradio would decode the file, and fail without saying why.
-                picture.preprocess = lambda payload: payload and payload.path
+                picture.preprocess = uploaded
                 shelf = gallery("Or an example:", 66)
             with gr.Column(min_width=280):
                 gr.Markdown("What the network sees:")
