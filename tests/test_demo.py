@@ -366,7 +366,7 @@ def test_a_browser_shows_answers_mistakes_and_results(browser, address, model, w
         return names == list(expected) and shares == pytest.approx(list(expected.values()))
 
     def shows_picture(picture):
-        for address_of in all_of("img", "src"):
+        for address_of in all_of("img[src*='/image.png']", "src"):
             with Image.open(io.BytesIO(urllib.request.urlopen(address_of).read())) as found:
                 if found.size == (256, 256) and found.tobytes() == picture.tobytes():
                     return True

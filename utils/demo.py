@@ -209,7 +209,10 @@ def page(weights, source, *, nearest=True):
     def gallery(title, width):
         """As many columns of at least `width` pixels as there is room for."""
         grid = f"auto-flow / repeat(auto-fill, minmax({width}px, 1fr)) !important"
-        gr.HTML(f"{title}<style>.at{width} .grid-container {{grid: {grid}}}</style>")
+        gr.HTML(f"""{title}<style>
+            .at{width} .grid-container {{grid: {grid}}}
+            .at{width} .grid-wrap {{min-height: 0 !important; max-height: none !important}}
+        </style>""", padding=False)
         return gr.Gallery(height="auto", format="png", show_label=False, elem_classes=f"at{width}",
                           allow_preview=False, interactive=False, buttons=[])
 
@@ -229,7 +232,7 @@ def page(weights, source, *, nearest=True):
                 picture = gr.Image(type="filepath", format="png", height=256, show_label=False,
                                    sources=["upload", "clipboard", "webcam"])
                 picture.preprocess = uploaded
-                shelf = gallery("Or an example:", 66)
+                shelf = gallery("Or an example:", 88)
             with gr.Column(min_width=280):
                 gr.Markdown("What the network sees:")
                 seen = gr.Image(format="png", height=256, show_label=False, interactive=False,
