@@ -212,6 +212,7 @@ def page(weights, source, *, nearest=True):
         gr.HTML(f"""{title}<style>
             .at{width} .grid-container {{grid: {grid}}}
             .at{width} .grid-wrap {{min-height: 0 !important; max-height: none !important}}
+            .at{width} .caption-label {{max-width: 100% !important; white-space: normal !important}}
         </style>""", padding=False)
         return gr.Gallery(height="auto", format="png", show_label=False, elem_classes=f"at{width}",
                           allow_preview=False, interactive=False, buttons=[])
@@ -285,7 +286,8 @@ def page(weights, source, *, nearest=True):
 def export(folder, weights, source):
     """Writes a folder that Hugging Face Spaces runs as it is, with examples from the data `source`.
 
-    Raises InputError where the folder holds something already.
+    Misclassified images it downloads with CIFAR-10 when they are first asked for, if the data are
+    not the sample. Raises InputError where the folder holds something already.
     """
     import gradio
 
@@ -306,6 +308,7 @@ def export(folder, weights, source):
     needed = [line for line in lines if line.split(">=")[0] in LIBRARIES.split()]
     files.save_text("\n".join([*needed, f"gradio=={gradio.__version__}\n"]),
                     folder / "requirements.txt")
+    source = source if source == "sample" else "cifar10"  # a folder does not go along
     files.save_text(APP.format(source=source), folder / "app.py")
     about = (here / "space.md").read_text(encoding="utf-8").format(
         version=gradio.__version__, classes=", ".join(model.classes), count=len(results.labels),
