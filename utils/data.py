@@ -54,6 +54,14 @@ class ImageData:
         """Mean and standard deviation of the training images, see `channel_statistics`."""
         return channel_statistics(self.train_images)
 
+    def check_classes(self, classes):
+        """Raises InputError where these, of trained weights, are not those of the images."""
+        if self.classes != classes:
+            raise InputError(
+                f"the weights know the classes {', '.join(classes)}; {self.name} has "
+                f"{', '.join(self.classes)}: choose weights and data that belong together"
+            )
+
     def __str__(self):
         size = "×".join(map(str, self.test_images.shape[-2:]))
         training = f"{len(self.train_images):,} training"
@@ -78,6 +86,28 @@ def channel_statistics(images):
     shares = counts.double() / channels.shape[1]
     mean = shares @ values
     return mean, (shares @ values**2 - mean**2).sqrt()
+
+
+class Normalization:
+    """uint8 images (N, 3, H, W) to float32 with mean 0 and deviation 1 over the data set.
+
+    `mean`, `std`: of each channel, on the scale 0..1.
+    """
+
+    def __init__(self, mean, std):
+        self.mean, self.std = (
+            torch.as_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std)
+        )
+
+    def __call__(self, images):
+        # copied to another device once: a copy in each step would wait for it
+        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
+
+    def inverse(self, images):
+        """Normalised float images to float images in 0..1, for pictures."""
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        return (images * std + mean).clamp(0, 1)
 
 
 def load(source="cifar10", *, root="data", train=True):

@@ -8,8 +8,9 @@ import torch
 from captum.attr import LayerGradCam
 from torch.nn import functional as F
 
+from utils.data import Normalization
 from utils.progress import progress_bar
-from utils.transforms import Normalization
+from utils.results import Results
 
 
 def inputs(model, images):
@@ -20,9 +21,22 @@ def inputs(model, images):
 
 
 @torch.inference_mode()
+def _outputs(function, model, images, desc):
+    """What `function` makes of the images, a batch of 500 at a time: float, on the CPU."""
+    batches = progress_bar(images.split(500), desc=desc)
+    return torch.cat([function(inputs(model, batch)).float().cpu() for batch in batches])
+
+
 def probabilities(model, images):
     """That of each class, float (N, C)."""
-    return model(inputs(model, images)).float().softmax(1).cpu()
+    return _outputs(model, model, images, "pictures").softmax(1)
+
+
+def predictions(model, images):
+    """`Results` of the test images of an `ImageData`. Raises InputError for other classes."""
+    images.check_classes(model.classes)
+    logits = _outputs(model, model, images.test_images, "test images")
+    return Results(logits, images.test_labels, images.classes)
 
 
 def grad_cam(model, images, classes, *, layer="layer3"):
@@ -37,12 +51,9 @@ def grad_cam(model, images, classes, *, layer="layer3"):
     return cam.attribute(x, classes.to(x.device), relu_attributions=True)[:, 0].detach().cpu()
 
 
-@torch.inference_mode()
 def embeddings(model, images):
     """What the linear layer sees of each image, float (N, 512), at length 1."""
-    batches = progress_bar(images.split(500), desc="features")
-    found = [model.embed(inputs(model, batch)).float().cpu() for batch in batches]
-    return F.normalize(torch.cat(found))
+    return F.normalize(_outputs(model.embed, model, images, "features"))
 
 
 def nearest(ours, theirs, count=3):

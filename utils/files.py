@@ -115,6 +115,11 @@ def save_weights(model, path, *, metadata=None, dtype=None):
             if not tensor.isfinite().all():
                 raise InputError(f"{name} is too large for {dtype}; leave the weights in float32")
         tensors[name] = tensor.contiguous()
+    save_tensors(tensors, path, metadata)
+
+
+def save_tensors(tensors, path, metadata=None):
+    """A dict of tensors and a dict of plain values as safetensors, for `read_weights`."""
     # One entry, because safetensors writes several in an order that changes from file to file.
     about = {"run": json.dumps(metadata or {}, sort_keys=True)}
     with whole_file(path) as part:
@@ -122,7 +127,7 @@ def save_weights(model, path, *, metadata=None, dtype=None):
 
 
 def read_weights(path):
-    """({name: tensor}, metadata) of a file by `save_weights`. No code of the file is run.
+    """({name: tensor}, metadata) of a file by `save_tensors`. No code of the file is run.
 
     Raises InputError where there is no such file or it is damaged.
     """

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils import InputError, files
-from utils.transforms import Normalization
+from utils.data import Normalization
 
 
 def _conv(channels_in, channels_out, *, pool=False):

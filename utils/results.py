@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from utils import InputError, files
+
 BINS = 15  # of confidence, from 0 to 1
 
 
@@ -110,3 +112,23 @@ class Results:
             (number, *(self.classes[i] for i in divmod(place, len(self.classes))))
             for number, place in zip(mistakes.tolist(), places.tolist(), strict=True) if number
         ]
+
+
+def save_predictions(results, path):
+    """As safetensors, for `read_predictions`: classes, labels, and the logits in float16.
+
+    Sorted by class, and within a class as they were: so a folder and a download of the same
+    images come in one order.
+    """
+    order = results.labels.argsort(stable=True)
+    tensors = {"logits": results.logits[order].half(), "labels": results.labels[order]}
+    files.save_tensors(tensors, path, {"classes": results.classes})
+
+
+def read_predictions(path):
+    """`Results` of a file by `save_predictions`. Raises InputError where it is damaged."""
+    tensors, about = files.read_weights(path)
+    try:
+        return Results(tensors["logits"].float(), tensors["labels"], tuple(about["classes"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} holds no predictions; delete it, to have it made anew") from error

@@ -255,11 +255,7 @@ def test_results(model, images, *, dtype=None):
     Two `Results`: plainly, and with test-time flip, where the logits of an image and of its
     mirror image are averaged. Raises InputError where the classes are not those of the weights.
     """
-    if model.classes != images.classes:
-        raise InputError(
-            f"the weights know the classes {', '.join(model.classes)}; {images.name} has "
-            f"{', '.join(images.classes)}: choose weights and data that belong together"
-        )
+    images.check_classes(model.classes)
     how = {"device": next(model.parameters()).device, "statistics": (model.mean, model.std)}
     mirror_images = replace(images, test_images=images.test_images.flip(3))
     plain, mirrored = (

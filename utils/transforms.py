@@ -12,28 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from utils import InputError
-
-
-class Normalization:
-    """uint8 images (N, 3, H, W) to float32 with mean 0 and deviation 1 over the data set.
-
-    `mean`, `std`: of each channel, on the scale 0..1.
-    """
-
-    def __init__(self, mean, std):
-        self.mean, self.std = (
-            torch.as_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std)
-        )
-
-    def __call__(self, images):
-        # copied to another device once: a copy in each step would wait for it
-        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
-
-    def inverse(self, images):
-        """Normalised float images to float images in 0..1, for pictures."""
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        return (images * std + mean).clamp(0, 1)
+from utils.data import Normalization
 
 
 class BatchAugmentation:

@@ -9,10 +9,11 @@ import pandas as pd
 import torch
 import tyro
 
-from utils import InputError, data, devices, files, plotting, run
+from utils import InputError, data, devices, explain, files, plotting, run
 from utils.maintenance import tables
 from utils.models import load_weights
 from utils.recipes import ABOUT_THE_SOURCE, RECIPES, Recipe, recipe
+from utils.results import save_predictions
 from utils.train import as_command
 
 
@@ -31,7 +32,7 @@ class Arguments:
     device: str | None = None
     """cuda, mps, cpu, …; None: the best there is"""
     weights: bool = False
-    """keep the median run's weights too, in float16"""
+    """keep the median run's weights too, in float16, and their predictions"""
     to: Path | None = None
     """another folder than images/<recipe>; the README stays as it is"""
 
@@ -72,12 +73,12 @@ def changed(settings):
 def keep(name, outs, images, folder, *, weights=False, device):
     """Keeps the results of the finished runs `outs` of the recipe `name` in `folder`.
 
-    That is runs.csv, a history_seed<k>.csv of each, the figures and logs of the median run
-    by test accuracy (the lower one of two), of several runs accuracy.png with all of them, and with
-    `weights` the median run's in float16. `images`: the `ImageData` of the runs, on which they
-    are evaluated again. Raises InputError where the runs are not all finished, of this recipe
-    with the same settings and precision, of this data, and of different seeds, or where the
-    weights do not give the accuracy that was noted.
+    That is runs.csv, a history_seed<k>.csv of each, the figures and logs of the median run by
+    test accuracy (the lower one of two), of several runs accuracy.png with all of them, and with
+    `weights` the median run's in float16, with what they make of the test images. `images`: the
+    `ImageData` of the runs, on which they are evaluated again. Raises InputError where the runs
+    are not all finished, of this recipe with the same settings and precision, of this data, and
+    of different seeds, or where the weights do not give the accuracy that was noted.
     """
     runs = [(*recipe_of(out), Path(out)) for out in outs]
     runs = sorted(runs, key=lambda entry: entry[1]["seed"])
@@ -85,7 +86,7 @@ def keep(name, outs, images, folder, *, weights=False, device):
     table = pd.DataFrame([row(*entry, images, device) for entry in runs])
     median = runs[table["test_acc"].argsort().iloc[(len(runs) - 1) // 2]][2]
 
-    for old in (*folder.glob("history_seed*.csv"), folder / "weights.safetensors"):
+    for old in (*folder.glob("history_seed*.csv"), *folder.glob("*.safetensors")):
         old.unlink(missing_ok=True)
     files.save_table(table, folder / "runs.csv")
     for _, metrics, out in runs:
@@ -106,6 +107,8 @@ def keep(name, outs, images, folder, *, weights=False, device):
     if weights:
         model, path = load_weights(median / "weights.safetensors"), folder / "weights.safetensors"
         files.save_weights(model, path, metadata=model.metadata, dtype=torch.float16)
+        results = explain.predictions(load_weights(path).to(device), images)
+        save_predictions(results, folder / "predictions.safetensors")
 
 
 def check(name, runs, images):

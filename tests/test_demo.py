@@ -1,0 +1,474 @@
+"""The page: what it computes, what it answers over the network and in a browser, its export."""
+
+import ast
+import io
+import json
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import Small
+from utils import InputError, data, demo, explain, files, models, run
+from utils.models import load_weights
+from utils.recipes import recipe
+from utils.results import Results, read_predictions
+
+gradio = pytest.importorskip("gradio", reason="the page needs Gradio: pip install gradio")
+gradio_client = pytest.importorskip("gradio_client")  # comes with it
+
+ROOT = Path(__file__).parents[1]
+CLIENTS, QUESTIONS = 20, 10
+PATIENT = {"timeout": 120}  # seconds, for machines that do other work as well
+NOT_SEEN = {  # what is uploaded, and what the page says
+    "text.png": "the picture text.png can't be read",
+    "empty.png": "the picture empty.png can't be read",
+    "cut.jpg": "the picture cut.jpg can't be read",
+    "huge.png": "the picture huge.png can't be read",
+    "moving.gif": "moving.gif is animated; give a single picture",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_networks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "custom_resnet", Small)
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A weights file of an untrained network for the sample, whose answers differ."""
+    torch.manual_seed(1)
+    model = Small(10).eval()
+    with torch.no_grad():
+        seen = explain.inputs(with_statistics(model), data.load("sample").test_images)
+        model.fc.weight *= 10
+        model.fc.bias -= model(seen).mean(0)  # so that no class is the answer to everything
+    path = tmp_path_factory.mktemp("run") / "weights.safetensors"
+    about = run.weights_metadata(recipe("s10"), data.load("sample"))
+    files.save_weights(model, path, metadata=about)
+    return path
+
+
+def with_statistics(model):
+    model.mean, model.std = data.load("sample").statistics
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return load_weights(weights)
+
+
+@pytest.fixture(scope="module")
+def address(weights):
+    blocks = demo.page(weights, "sample")
+    _, address, shared = blocks.launch(prevent_thread_lock=True, quiet=True)
+    assert address.startswith("http://127.0.0.1:") and shared is None
+    yield address
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def asked(address):
+    return gradio_client.Client(address, verbose=False, httpx_kwargs=PATIENT)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Ten test images as files, photographs of other sizes and modes, and what is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, image in enumerate(data.load("sample").test_images[:10]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    large = Image.open(folder / "4.png").resize((640, 480))
+    large.save(folder / "large.jpg")
+    large.convert("L").save(folder / "grey.png")
+    large.convert("RGBA").rotate(30).save(folder / "rgba.png")
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "cut.jpg").write_bytes((folder / "large.jpg").read_bytes()[:3000])
+    (folder / "huge.png").write_bytes(claimed_size(20_000, 20_000))
+    large.save(folder / "moving.gif", save_all=True, append_images=[large.rotate(90)])
+    return folder
+
+
+def claimed_size(width, height):
+    """A PNG of a few bytes that says it has so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(9))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+def upload(path):
+    return gradio_client.handle_file(path)
+
+
+def shares_of(label):
+    """{class: probability} of what the page's label component was sent."""
+    return {each["label"]: each["confidence"] for each in label["confidences"]}
+
+
+def expected_shares(model, path, count):
+    images = data.photograph(path)[None]
+    shares = zip(model.classes, explain.probabilities(model, images)[0].tolist(), strict=True)
+    return dict(sorted(shares, key=lambda item: -item[1])[:count])
+
+
+# What is computed
+
+
+def test_the_answer_is_that_of_the_network(model, pictures):
+    picture, shares = demo.answer(model, pictures / "large.jpg", count=4)
+    assert shares == pytest.approx(expected_shares(model, pictures / "large.jpg", 4))
+    seen = data.photograph(pictures / "large.jpg").permute(1, 2, 0)
+    assert torch.equal(torch.from_numpy(picture[3::8, 5::8]), seen) and picture.shape[0] == 256
+
+
+def test_grad_cam_is_that_of_the_class_and_layer(model, pictures):
+    """Without opacity it is not seen."""
+    images = data.photograph(pictures / "4.png")[None]
+    plain, _ = demo.answer(model, pictures / "4.png", layer="prep", opacity=0)
+    assert (plain == demo.answer(model, pictures / "4.png")[0]).all()
+    for name, of in (("star", 5), ("", int(explain.probabilities(model, images).argmax()))):
+        maps = explain.grad_cam(model, images, torch.tensor([of]), layer="prep")
+        large = torch.from_numpy(plain).permute(2, 0, 1)[None]
+        expected = demo.plotting.heat(large, maps, opacity=0.7)[0].permute(1, 2, 0)
+        found, _ = demo.answer(model, pictures / "4.png", layer="prep", name=name, opacity=0.7)
+        assert torch.equal(torch.from_numpy(found), expected)
+
+
+@pytest.mark.parametrize("count", [0, 11])
+def test_numbers_of_classes_that_can_not_be(model, pictures, count):
+    with pytest.raises(InputError, match=f"^{count} classes can't be shown; ask for 1 to 10$"):
+        demo.answer(model, pictures / "0.png", count)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.tuples(*[st.integers(-9, 9)] * 3)), max_size=20),
+       st.integers(1, 9), st.sampled_from(["", *"abc"]), st.sampled_from(["", *"abc"]))
+def test_the_surest_mistakes_come_first(rows, count, true, predicted):
+    labels = torch.tensor([label for label, _ in rows], dtype=torch.int64)
+    logits = torch.tensor([row for _, row in rows], dtype=torch.float32).view(-1, 3)
+    results = Results(logits, labels, ("a", "b", "c"))
+    found = demo.surest_mistakes(results, count, true, predicted).tolist()
+    fits = [
+        i for i, (label, row) in enumerate(rows)
+        if row.index(max(row)) != label and true in ("", "abc"[label])
+        and predicted in ("", "abc"[row.index(max(row))])
+    ]
+    sureness = results.confidences.tolist()
+    assert len(set(found)) == len(found) and set(found) <= set(fits)
+    assert [sureness[i] for i in found] == sorted((sureness[i] for i in fits), reverse=True)[:count]
+
+
+def test_captions_name_both_classes_and_their_probabilities():
+    shares = torch.tensor([[0.5, 0.25, 0.25], [0.03, 0.9, 0.07], [0.125, 0.75, 0.125]])
+    results = Results(shares.log(), torch.tensor([0, 2, 0]), ("cat", "dog", "ship"))
+    assert demo.captions(results, torch.tensor([2, 1])) == [
+        "cat 12 % → dog 75 %", "ship 7 % → dog 90 %"
+    ]
+
+
+def test_the_nearest_training_images_of_one_are_itself_first(model, tmp_path):
+    images = data.load("sample")
+    Image.fromarray(images.train_images[13].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    features = explain.embeddings(model, images.train_images)
+    (picture, name), *others = demo.resembling(model, tmp_path / "a.png", images, features)
+    assert name == "triangle" and len(others) == 2
+    assert (picture[::8, ::8] == images.train_images[13].permute(1, 2, 0).numpy()).all()
+
+
+def test_images_fit_the_record_in_whatever_order_they_come(model, weights, monkeypatch):
+    images = data.load("sample")
+    results = demo.recorded(model, weights.with_name("kept.safetensors"), "sample")
+    expected = demo.test_images(model, results, "sample")
+    order = images.test_labels.argsort(stable=True, descending=True)
+    shuffled = replace(
+        images, test_images=images.test_images[order], test_labels=images.test_labels[order]
+    )
+    monkeypatch.setattr(data, "load", lambda *_, **__: shuffled)
+    assert torch.equal(demo.test_images(model, results, "sample"), expected)
+    other = replace(images, test_images=255 - images.test_images)
+    monkeypatch.setattr(data, "load", lambda *_, **__: other)
+    with pytest.raises(InputError, match="^the recorded predictions are not of .*--data$"):
+        demo.test_images(model, results, "sample")
+
+
+def test_predictions_are_made_once_and_kept(model, weights, monkeypatch):
+    path = weights.with_name("made.safetensors")
+    made = demo.recorded(model, path, "sample")
+    plain, _ = run.test_results(model, data.load("sample"))
+    order = plain.labels.argsort(stable=True)
+    torch.testing.assert_close(made.logits, plain.logits[order], rtol=1e-3, atol=1e-4)
+    assert torch.equal(made.labels, plain.labels[order]) and made.classes == plain.classes
+    monkeypatch.setattr(data, "load", None)
+    assert torch.equal(demo.recorded(model, path, "sample").logits, made.logits)
+
+
+def test_without_gradio_it_says_what_to_install(weights, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match="^error: [^\n]*pip install gradio$"):
+        demo.main(["--weights", str(weights), "--data", "sample"])
+
+
+# What is answered
+
+
+def test_answers_over_the_network_are_those_of_the_network(asked, model, pictures):
+    for name in ("0.png", "large.jpg", "grey.png", "rgba.png"):
+        seen, label = asked.predict(upload(pictures / name), 10, "", "", 0.5, api_name="/answer")
+        found, expected = shares_of(label), expected_shares(model, pictures / name, 10)
+        assert list(found) == list(expected) and found == pytest.approx(expected)
+        with Image.open(seen) as picture:
+            expected, _ = demo.answer(model, pictures / name)
+            assert picture.tobytes() == expected.tobytes()
+
+
+def test_many_clients_at_once_are_answered_rightly(address, model, pictures):
+    expected = [expected_shares(model, pictures / f"{i}.png", 10) for i in range(10)]
+    layers = ["prep", ""]
+
+    def ask(number):
+        client, answers = gradio_client.Client(address, verbose=False, httpx_kwargs=PATIENT), []
+        for i in range(number, number + QUESTIONS):
+            wishes = 10, layers[i % 2], "", 0.5
+            _, label = client.predict(upload(pictures / f"{i % 10}.png"), *wishes,
+                                      api_name="/answer")
+            answers.append(shares_of(label) == pytest.approx(expected[i % 10]))
+        return answers
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        answers = sum(pool.map(ask, range(CLIENTS)), [])
+    assert answers == [True] * (CLIENTS * QUESTIONS)
+
+
+@pytest.mark.parametrize("name", NOT_SEEN)
+def test_what_can_not_be_seen_is_refused_in_words_and_the_page_lives_on(asked, pictures, name):
+    with pytest.raises(gradio_client.exceptions.AppError, match=NOT_SEEN[name]):
+        asked.predict(upload(pictures / name), 3, "", "", 0.5, api_name="/answer")
+    assert asked.predict(upload(pictures / "0.png"), 3, "", "", 0.5, api_name="/answer")
+
+
+@pytest.mark.parametrize("count, words", [(0, "less than minimum value 1"), (11, "maximum")])
+def test_numbers_of_classes_by_hand_are_refused(asked, pictures, count, words):
+    with pytest.raises(gradio_client.exceptions.AppError, match=words):
+        asked.predict(upload(pictures / "0.png"), count, "", "", 0.5, api_name="/answer")
+
+
+def test_mistakes_over_the_network(asked, model, weights):
+    results = read_predictions(weights.with_name("predictions.safetensors"))
+    indices = demo.surest_mistakes(results, 7, "star")
+    shown = asked.predict(7, "star", "", "prep", 0.5, api_name="/mistakes")
+    assert [each["caption"] for each in shown] == demo.captions(results, indices)
+    images = demo.test_images(model, results, "sample")[indices]
+    expected = demo.shown(model, images, results.predictions[indices], "prep", 0.5)
+    for each, picture in zip(shown, expected, strict=True):
+        with Image.open(each["image"]) as found:
+            assert found.tobytes() == picture.tobytes()
+    assert asked.predict(7, "star", "star", "", 0.5, api_name="/mistakes") == []
+
+
+def test_the_nearest_over_the_network(asked, model, pictures):
+    images = data.load("sample")
+    features = explain.embeddings(model, images.train_images)
+    found = asked.predict(upload(pictures / "4.png"), api_name="/nearest")
+    expected = demo.resembling(model, pictures / "4.png", images, features)
+    assert [each["caption"] for each in found] == [name for _, name in expected]
+
+
+@pytest.mark.parametrize("route", ["gradio_api/file=", "static/", "assets/"])
+def test_no_other_file_is_handed_out(address, weights, pictures, route):
+    for path in ("/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", weights,
+                 ROOT / "README.md", "README.md", pictures / "0.png"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}{route}{path}")
+        assert refused.value.code in (403, 404), path
+
+
+@pytest.mark.parametrize("name", ["/answer", "/nearest"])
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "file"])
+def test_no_other_file_is_classified(address, pictures, name, meta):
+    """By hand, since the client uploads what it is given."""
+    for path in (pictures / "0.png", ROOT / "images/custom_resnet.png", "/etc/passwd",
+                 f"{tempfile.gettempdir()}/gradio/../{pictures / '0.png'}"):
+        wishes = [{"path": str(path), **meta}, 3, "", "", 0.5]
+        request = urllib.request.Request(
+            f"{address}gradio_api/call{name}", headers={"Content-Type": "application/json"},
+            data=json.dumps({"data": wishes if name == "/answer" else wishes[:1]}).encode(),
+        )
+        event = json.load(urllib.request.urlopen(request))["event_id"]
+        answer = urllib.request.urlopen(f"{address}gradio_api/call{name}/{event}").read()
+        assert answer.startswith(b"event: error"), path
+
+
+# What a browser shows
+
+
+@pytest.fixture
+def browser(address):
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium to lead a browser")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.skip("needs a browser: chromium, and chromium-driver to lead it")
+    options = selenium.ChromeOptions()
+    options.binary_location = paths[0]
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    driver = selenium.Chrome(options, selenium.ChromeService(paths[1]))
+    driver.get(address)
+    yield driver
+    driver.quit()
+
+
+def until(fits, seconds=PATIENT["timeout"]):
+    """Waits for what a page has to show; it is redrawn at any time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if fits():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the page does not show it")
+
+
+def test_a_browser_shows_answers_mistakes_and_results(browser, address, model, weights, pictures):
+    def all_of(selector, property):
+        script = f"return [...document.querySelectorAll({selector!r})].map(it => it.{property})"
+        return browser.execute_script(script)
+
+    def click(selector):
+        until(lambda: all_of(selector, "isConnected"))
+        browser.execute_script(f"document.querySelector({selector!r}).click()")
+
+    def type_number(name, number):
+        field = browser.find_element("css selector", f"[aria-label='number input for {name}']")
+        field.send_keys("\ue009a\ue000", f"{number}", "\ue007")  # Ctrl+A, …, Enter
+
+    def shows_shares(path, count):
+        expected = expected_shares(model, path, count)
+        names, shares = all_of("meter", "ariaLabel"), all_of("meter", "value")
+        return names == list(expected) and shares == pytest.approx(list(expected.values()))
+
+    def shows_picture(picture):
+        for address_of in all_of("img[src*='/image.png']", "src"):
+            with Image.open(io.BytesIO(urllib.request.urlopen(address_of).read())) as found:
+                if found.size == (256, 256) and found.tobytes() == picture.tobytes():
+                    return True
+        return False
+
+    for name in ("large.jpg", "grey.png", "rgba.png"):
+        until(lambda: all_of("input[type=file]", "isConnected"))
+        browser.find_element("css selector", "input[type=file]").send_keys(str(pictures / name))
+        until(lambda name=name: shows_shares(pictures / name, 3))
+        click("[aria-label='Remove Image']")
+        until(lambda: not all_of("meter", "value"))
+
+    until(lambda: len(all_of(".thumbnail-item", "isConnected")) == 10)
+    click("[aria-label^='Thumbnail 5 ']")
+    until(lambda: shows_shares(pictures / "4.png", 3))
+    type_number("classes shown", 5)
+    until(lambda: shows_shares(pictures / "4.png", 5))
+    click("[data-testid='prep-radio-label'] input")
+    until(lambda: shows_picture(demo.answer(model, pictures / "4.png", layer="prep")[0]))
+    type_number("its opacity", 0.9)
+    until(lambda: shows_picture(
+        demo.answer(model, pictures / "4.png", layer="prep", opacity=0.9)[0]
+    ))
+
+    click("[aria-label='Remove Image']")
+    until(lambda: all_of("input[type=file]", "isConnected"))
+    browser.find_element("css selector", "input[type=file]").send_keys(str(pictures / "text.png"))
+    until(lambda: any(NOT_SEEN["text.png"] in text for text in
+                      all_of("[data-testid=toast-text]", "textContent")))
+
+    results = read_predictions(weights.with_name("predictions.safetensors"))
+    expected = demo.captions(results, demo.surest_mistakes(results, 10))
+    until(lambda: len(all_of("[role=tab]", "isConnected")) >= 3)
+    browser.find_element("xpath", "//button[@role='tab'][.='Where it errs']").click()
+    until(lambda: [text.strip() for text in all_of(".caption-label", "textContent")][-10:]
+          == expected)
+    browser.find_element("xpath", "//button[@role='tab'][.='How well it does']").click()
+    until(lambda: sum(
+        place and width > 300
+        for place, width in zip(all_of("img", "offsetHeight"), all_of("img", "naturalWidth"),
+                                strict=True)
+    ) == 3)
+    assert f"{results.accuracy:.2f} %" in browser.find_element("tag name", "body").text
+
+
+# What is written for Hugging Face
+
+
+@pytest.fixture(scope="module")
+def space(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "space"
+    demo.main(["--weights", str(weights), "--data", "sample", "--export", str(folder)])
+    return folder
+
+
+def imported(path):
+    """The first names of what a file imports at its top."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_the_space_has_what_it_imports_and_no_training(space):
+    names = {path.stem for path in (space / "utils").glob("*.py")}
+    found = {name for path in space.rglob("*.py") for name in imported(path)}
+    ours = {name.split(".")[1] for name in found if name.startswith("utils.")}
+    assert names == ours - {"InputError"} | {"__init__", "demo"}
+    code = "\n".join(path.read_text(encoding="utf-8") for path in space.rglob("*.py"))
+    training = r"\.backward\(|optimi[sz]er|scheduler|albumentations|import lightning|train_epoch"
+    assert not re.findall(training, code)
+
+
+def test_the_space_requires_what_it_imports(space):
+    libraries = {name.split(".")[0] for path in space.rglob("*.py") for name in imported(path)}
+    libraries -= {"utils", *sys.stdlib_module_names}
+    lines = (space / "requirements.txt").read_text(encoding="utf-8").split()
+    required = {re.split("[=>]=", line)[0] for line in lines}
+    assert required == {{"PIL": "pillow"}.get(name, name) for name in libraries} | {"gradio"}
+    course = (ROOT / "utils/requirements.txt").read_text(encoding="utf-8").split()
+    assert {line for line in lines if not line.startswith("gradio==")} <= set(course)
+
+
+def test_the_space_says_what_it_is(space):
+    card = pytest.importorskip("huggingface_hub").RepoCard((space / "README.md").read_text("utf-8"))
+    about = card.data.to_dict()
+    assert (about["sdk"], about["sdk_version"]) == ("gradio", gradio.__version__)
+    assert (space / about["app_file"]).is_file()
+    assert "tells apart disc, ring, " in card.text and "Of 400 test images" in card.text
+
+
+def test_the_examples_of_the_space_are_one_image_of_each_class(space, model):
+    found = {path.stem: data.photograph(path) for path in (space / "examples").iterdir()}
+    images = data.load("sample")
+    assert found.keys() == set(images.classes)
+    for i, name in enumerate(images.classes):
+        assert torch.equal(found[name], images.test_images[images.test_labels == i][0])
+
+
+def test_a_folder_that_holds_something_is_not_written_to(space, weights, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="^error: .* is not empty; name a new folder$"):
+        demo.main(["--weights", str(weights), "--data", "sample", "--export", str(space)])
+    assert sorted(tmp_path.rglob("*")) == before
