@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import torch
 
-from utils import data, devices, files
+from utils import data, devices, files, training
 from utils.notebook import begin
 from utils.recipes import recipe
 
@@ -88,6 +88,18 @@ def test_stored_recipe_is_the_one_that_there_is(notebook):
     stored = " ".join(stored.split())
     epochs = re.search(r"\bepochs (\d+)", stored)
     assert stored == str(recipe(name).scaled(epochs=epochs and int(epochs[1])))
+
+
+def test_stored_results_are_those_on_file():
+    """The stored run is the recorded one, with its training table and its result."""
+    folder = files.IMAGES / "s10"
+    runs = files.read_table(folder / "runs.csv")
+    history = files.read_table(folder / "history_seed0.csv").to_dict("records")
+    s10 = nbformat.read(NOTEBOOKS[0], as_version=4)
+    text = "\n".join(o.get("text", "") for cell in code_cells(s10) for o in cell.outputs)
+    assert training.table(history) in text
+    accuracies = f"test accuracy {runs['test_acc'].mean():.2f} %"
+    assert f"recorded runs: {len(runs)}; {accuracies}" in text
 
 
 @pytest.mark.parametrize("device, weights, wanted, train, epochs", [
