@@ -270,6 +270,13 @@ def test_lr_schedule_counts_epochs_and_names_start_peak_and_end():
     assert found == {"start 0.1": (0, 0.1), peak: (1, 0.5), end: (2.5, 0.2)}
 
 
+@pytest.mark.parametrize("logged", [{0: 0.1, 3: 0.35}, [(0, 0.1), (3, 0.35)]])
+def test_lr_schedule_draws_logged_rates_over_the_planned_ones(logged):
+    ax = plotting.lr_schedule([0.1, 0.3, 0.5, 0.4], steps_per_epoch=2, logged=logged)
+    assert ax.lines[1].get_xydata().tolist() == [[0, 0.1], [1.5, 0.35]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["planned", "logged"]
+
+
 def test_lr_schedule_joins_labels_of_one_point():
     ax = plotting.lr_schedule([0.5, 0.1], steps_per_epoch=1)
     assert texts(ax) == ["start and peak 0.5", "end 0.1"]
@@ -291,10 +298,16 @@ def test_curves_show_the_history_and_its_last_values(draw, quantity, ends):
     assert texts(ax) == ends
 
 
+def test_loss_curves_say_that_the_training_loss_is_of_smoothed_labels():
+    ax = plotting.loss_curves(HISTORY, smoothed=True)
+    assert texts(ax) == ["test 0.750", "train (smoothed) 0.500"]
+
+
 def test_curves_show_validation_where_there_is_some():
     ax = plotting.accuracy_curves([row | {"val_acc": row["test_acc"] + 1} for row in HISTORY])
     assert list(ax.lines[1].get_ydata()) == [56.0, 63.5, 76.125]
     assert texts(ax) == ["train 82.25", "val 76.12", "test 75.12"]
+    assert ax.lines[1].get_color() == plotting.LINES["val"]["color"]
 
 
 def test_curves_show_one_whole_tick_for_a_single_epoch():
@@ -407,12 +420,29 @@ def test_confusion_matrix_of_many_classes_leaves_zeros_and_tiny_numbers_out(side
         assert not overlap(extents(ax, axis.get_ticklabels()))
 
 
+def test_confusion_matrix_of_a_hundred_classes_cuts_no_label_off_and_writes_no_zero():
+    ax = plotting.confusion_matrix(counted(torch.eye(100, dtype=torch.int64)))
+    assert texts(ax) == ["1"] * 100
+    labels = extents(ax, [ax.xaxis.label, ax.yaxis.label, *ax.get_yticklabels()])
+    assert min(box.x0 for box in labels) > 0 and min(box.y0 for box in labels) > 0
+
+
 def test_per_class_accuracy_sorts_the_classes_and_marks_their_mean():
     ax = plotting.per_class_accuracy(RESULTS)
     assert [bar.get_width() for bar in ax.patches] == [70.0, 90.0, 99.5]
-    assert ticks(ax.yaxis) == ["dog  70.0 %", "cat  90.0 %", f"{CLASSES[2]}  99.5 %"]
+    assert ticks(ax.yaxis) == ["dog", "cat", CLASSES[2]]
+    assert texts(ax) == ["70.0 %", "90.0 %", "99.5 %", "mean 86.50 %"]
     assert list(ax.lines[0].get_xdata()) == [86.5, 86.5]
-    assert texts(ax) == ["mean 86.50 %"]
+    assert ax.lines[0].get_zorder() < min(bar.get_zorder() for bar in ax.patches)
+
+
+def test_per_class_accuracy_writes_numbers_at_the_right_end_of_the_bars_and_none_cut_off():
+    ax = plotting.per_class_accuracy(counted([[1, 24], [1, 1]]))
+    short, half, _ = extents(ax, ax.texts)
+    assert short.x0 > ax.patches[0].get_window_extent().x0  # of 4 %: it can't hold its number
+    bar = ax.patches[1].get_window_extent()
+    assert bar.x0 < half.x0 and 0 < bar.x1 - half.x1 < 10
+    assert bar.y0 < half.y0 and half.y1 < bar.y1
 
 
 def test_calibration_draws_accuracy_by_confidence_the_gap_and_the_share_of_each_bin():
@@ -423,10 +453,8 @@ def test_calibration_draws_accuracy_by_confidence_the_gap_and_the_share_of_each_
     points = [[62, 0], [96, 200 / 3]]
     drawn = ax.lines[1].get_xydata()
     assert drawn[np.isfinite(drawn).all(axis=1)] == pytest.approx(np.array(points), rel=1e-5)
-    gaps = [line for line in ax.collections[0].get_segments() if np.isfinite(line).all()]
-    assert np.array(gaps) == pytest.approx(
-        np.array([[[x, x], [x, y]] for x, y in points]), rel=1e-5
-    )
+    gaps = [line for line in ax.collections[0].get_segments() if len(line) == 2]  # no empty bin's
+    assert np.array(gaps) == pytest.approx(np.array([[[x, x], [x, y]] for x, y in points]), 1e-5)
     bars = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in ax.patches}
     assert {x: y for x, y in bars.items() if y} == pytest.approx({190 / 3: 25, 290 / 3: 75})
     assert texts(ax) == ["1", "3"]
@@ -512,8 +540,8 @@ def test_network_texts_overlap_neither_each_other_nor_the_boxes(model):
     ax = plotting.network(model)
     written = extents(ax, [*ax.texts, ax.title])
     assert not overlap([*written, *(box.get_window_extent() for box in boxes_of(ax))])
-    assert ax.figure.get_figwidth() < 11
-    assert min(text.get_fontsize() for text in ax.texts if text.get_text()) > 8
+    assert ax.figure.get_figwidth() < 9.2
+    assert min(text.get_fontsize() for text in ax.texts if text.get_text()) >= 8
 
 
 def test_network_leaves_the_model_alone():

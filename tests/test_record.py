@@ -177,6 +177,16 @@ def test_the_figure_of_several_runs_says_how_many(copy, monkeypatch):
     assert titles == ["s10 · 3 runs of one epoch on the folder colours"]
 
 
+def test_logs_are_kept_and_older_ones_are_not(copy, images):
+    (copy / "new/csv").mkdir(parents=True)
+    (copy / "new/csv/older.csv").write_text("")
+    (out_of(copy, 0) / "tensorboard").mkdir()
+    (out_of(copy, 0) / "tensorboard/events").write_text("curves")
+    record.keep("s10", [out_of(copy, 0)], images, copy / "new", device=CPU)
+    assert (copy / "new/tensorboard/events").read_text() == "curves"
+    assert not (copy / "new/csv").exists()
+
+
 def test_fewer_runs_leave_nothing_of_the_others(copy):
     record.main(["s10", "--from", str(out_of(copy, 2)), "--data", "colours", "--to", "kept",
                  "--device", "cpu"])

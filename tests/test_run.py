@@ -72,8 +72,8 @@ def test_a_run_writes_these_files(out):
 
 
 @pytest.mark.parametrize("name, epochs, runs, expected", [
-    ("CIFAR-10", 24, 1, "s10 · one run of 24 epochs on CIFAR-10"),
-    ("the folder cifar10", 1, 3, "s10 · 3 runs of one epoch on the folder cifar10"),
+    ("CIFAR-10", 24, "one run", "s10 · one run of 24 epochs on CIFAR-10"),
+    ("the folder cifar10", 1, "3 runs", "s10 · 3 runs of one epoch on the folder cifar10"),
 ])
 def test_the_title_of_a_figure_says_of_which_runs_it_is(name, epochs, runs, expected):
     images = replace(tiny_images(), name=name)

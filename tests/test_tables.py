@@ -1,5 +1,6 @@
-"""The README's tables of files made by hand."""
+"""The pages' tables, and the picture of all recipes, of files made by hand."""
 
+import matplotlib.pyplot as plt
 import pytest
 
 from utils import InputError, files
@@ -16,19 +17,72 @@ def write_runs(folder, *runs):
 
 
 def test_results(tmp_path):
-    """In the order of the recipes; the spread is that of a sample."""
-    write_runs(tmp_path, {**RUN, "recipe": "s12", "epochs": 5, "changed": "cutout=0",
-                          "seconds": 3000})
-    write_runs(tmp_path, RUN, {**RUN, "test_acc": 94, "train_acc": 98.6, "seconds": 100.4,
-                               "device": "B"})
-    write_runs(tmp_path, {**RUN, "recipe": "resnet9"})
-    assert tables.results(tmp_path).splitlines()[1:] == [
+    """In the order of recipes.csv; the spread is that of a sample."""
+    (tmp_path / "recipes.csv").write_text(
+        "folder,what,source\ns10,first,a.b/c\ns10/other,\"x, y\",\ns10_cpu,,\ns12,last,d\n"
+        "resnet9,none,e\n"
+    )
+    write_runs(tmp_path, {**RUN, "recipe": "s12", "epochs": 5, "seconds": 3000})
+    write_runs(tmp_path, RUN, {**RUN, "test_acc": 94, "train_acc": 98.6, "seconds": 102,
+                               "device": "B CPU, 12 thread(s)"})
+    files.save_table([{**RUN, "changed": "cutout=0; loop=x"}], tmp_path / "s10/other/runs.csv")
+    assert tables.results(tmp_path).splitlines() == [
+        "| recipe | what | claim: train / test | test | with flip | train | epochs | time |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| `s10` | 98.60, 93.07 | 93.50 ± 0.71 (n = 2) | 93.50 ± 0.00 "
-        "| 98.55 ± 0.07 | 24 | 95.2 s | A, float32; B, float32 |",
-        "| `s12` cutout=0 | – | 93.00 (n = 1) | 93.50 | 98.50 | 5 of 24 | 50 min | A, float32 |",
-        "| `resnet9` | –, 90.71 | 93.00 (n = 1) | 93.50 | 98.50 | 24 | 90.0 s | A, float32 |",
+        "| `s10` | first | [98.60&nbsp;/&nbsp;93.07](a.b/c) | 93.50 ± 0.71 (n = 2) | 93.50 ± 0.00 "
+        "| 98.55 ± 0.07 | 24 | 1.6 min, A, float32; B ×12, float32 |",
+        "| `s10` `cutout=0`, `loop=x` | x, y | – | 93.00 (n = 1) | 93.50 | 98.50 | 24 "
+        "| 1.5 min, A, float32 |",
+        "| `s10_cpu` |  | – | not yet | – | – | – | – |",
+        "| `s12` | last | [–&nbsp;/&nbsp;–](d) | 93.00 (n = 1) | 93.50 | 98.50 | 5 of 24 "
+        "| 50.0 min, A, float32 |",
+        "| `resnet9` | none | [–&nbsp;/&nbsp;90.71](e) | not yet | – | – | – | – |",
     ]
+
+
+def test_tuning(tmp_path):
+    row = {"data": "D", "epochs": 3, "train_acc": 50, "validation_acc": 60.126, "seconds": 100}
+    rows = [{"changed": "", **row}, {"changed": "cutout=0; sizes=[8, 16]", **row}]
+    files.save_table(rows, tmp_path / "s10" / "tuning.csv")
+    assert tables.tuning("s10", tmp_path).splitlines()[2:] == [
+        "| – | D | 3 | 50.00 | 60.13 | 2 min |",
+        "| `cutout=0`, `sizes=[8, 16]` | D | 3 | 50.00 | 60.13 | 2 min |",
+    ]
+
+
+def history(*accuracies):
+    return [
+        {"epoch": epoch, "lr": 0.01, "train_loss": 1, "train_acc": 50, "test_loss": 2,
+         "test_acc": accuracy, "images_per_s": 1234, "seconds": 1.5}
+        for epoch, accuracy in enumerate(accuracies, start=1)
+    ]
+
+
+def test_a_log_is_that_of_the_first_run_as_it_was_printed(tmp_path):
+    for seed, accuracy in ((1, 20), (0, 10.126)):
+        files.save_table(history(accuracy), tmp_path / "s12" / f"history_seed{seed}.csv")
+    assert tables.log("s12", tmp_path).splitlines() == [
+        "```text",
+        "epoch        lr  train loss  train acc  test loss  test acc  images/s      time",
+        "    1  0.010000      1.0000    50.00 %     2.0000   10.13 %     1,234     1.5 s",
+        "```",
+    ]
+
+
+def test_the_picture_has_means_of_whole_runs_and_their_sources(tmp_path, monkeypatch):
+    """Neither a shortened run nor a source that began with trained weights."""
+    for seed, rise in enumerate((3, 4)):
+        rows = history(*(rise * epoch for epoch in range(10)))
+        files.save_table(rows, tmp_path / "s10_cpu" / f"history_seed{seed}.csv")
+    files.save_table(history(1, 2), tmp_path / "s12" / "history_seed0.csv")
+    published = [{"recipe": "s10", "epoch": 1, "test_acc": 9.5},
+                 {"recipe": "resnet9", "epoch": 1, "test_acc": 8.5}]
+    files.save_table(published, tmp_path / "published.csv")
+    monkeypatch.setattr(tables.plotting, "compare_curves", lambda *curves: curves)
+    assert tables.accuracy_by_epoch(tmp_path) == (
+        {"s10_cpu": [{"epoch": 1 + i, "test_acc": 3.5 * i} for i in range(10)]},
+        {"s10": [{"recipe": "s10", "epoch": 1, "test_acc": 9.5}]},
+    )
 
 
 def test_speeds(tmp_path):
@@ -47,23 +101,31 @@ def test_speeds(tmp_path):
 
 
 def test_tables_replace_the_old_ones_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "TABLES", {"first": lambda: "| a |\n", "second": lambda: "| b |\n"})
-    readme = tmp_path / "README.md"
-    marks = [
-        (f"<!-- {name}: python -m utils.maintenance.tables -->\n", f"<!-- end of {name} -->\n")
-        for name in tables.TABLES
-    ]
-    old = "# Ä\n{}old\n{}between\n{}{}rest\n".format(*marks[0], *marks[1])
-    readme.write_text(old, encoding="utf-8")
-    new = "# Ä\n{}\n| a |\n\n{}between\n{}\n| b |\n\n{}rest\n"
+    pages = {"README.md": {"first": lambda: "| a |\n", "second": lambda: "| b |\n"},
+             "images/s10/README.md": {"third": lambda: "| c |\n"}}
+    monkeypatch.setattr(tables, "PAGES", pages)
+    monkeypatch.setattr(tables, "accuracy_by_epoch", lambda: plt.figure().gca())
+    place = "# Ä\n<!-- {0}: python -m utils.maintenance.tables -->\n{1}<!-- end of {0} -->\nrest\n"
+    for page, contents in pages.items():
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        old = "".join(place.format(name, "old\n") for name in contents)
+        (tmp_path / page).write_text(old, encoding="utf-8")
     for _ in range(2):
-        tables.write(readme)
-        assert readme.read_text(encoding="utf-8") == new.format(*marks[0], *marks[1])
+        tables.write(tmp_path)
+        for page, contents in pages.items():
+            new = "".join(place.format(name, f"\n{table()}\n") for name, table in contents.items())
+            assert (tmp_path / page).read_text(encoding="utf-8") == new
+
+
+def test_the_picture_is_drawn_with_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "PAGES", {})
+    tables.write(tmp_path)
+    assert (tmp_path / "images" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("text", [
     "nothing", "<!-- end of results -->\n<!-- results: python -m utils.maintenance.tables -->\n",
 ])
 def test_no_place_for_a_table(text):
-    with pytest.raises(InputError, match=r"README lacks the lines <!-- results"):
-        tables.with_tables(text)
+    with pytest.raises(InputError, match=r"page lacks the lines <!-- results"):
+        tables.with_tables(text, {"results": lambda: "| a |\n"})

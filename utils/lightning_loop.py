@@ -122,7 +122,10 @@ class Classifier(LightningModule):
 
 
 class EpochTable(Callback):
-    """Keeps the history, prints its lines as soon as they are known, and shows a progress bar."""
+    """Keeps the history, prints its lines as soon as they are known, and shows a progress bar.
+
+    A row is the plain loop's, and has `val_loss` and `val_acc` where there are validation images.
+    """
 
     def __init__(self):
         self.history = []
@@ -155,10 +158,11 @@ class EpochTable(Callback):
 
     def on_train_epoch_end(self, trainer, module):
         known = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        self.history.append(training.history_row(
+        row = training.history_row(
             trainer.current_epoch + 1, lr=self.rate, images=self.images, seconds=self.seconds,
             **{name: (known[f"{name}_loss"], known[f"{name}_acc"]) for name in ("train", "test")},
-        ))
+        )
+        self.history.append(row | {name: known[name] for name in known if name.startswith("val_")})
         module.log("images_per_s", self.history[-1]["images_per_s"])
         self.bar.write(training.ROW.format(**self.history[-1]))
 
@@ -187,7 +191,7 @@ def make_trainer(
 ):
     """A Trainer that writes checkpoints and logs to the folder `out`.
 
-    With `validation` it keeps the checkpoint with the best accuracy on the validation images as
+    With `validation` it keeps the weights with the best accuracy on the validation images as
     well, best.ckpt; the test images are never asked. Raises InputError for settings that
     Lightning refuses.
     """
@@ -200,7 +204,9 @@ def make_trainer(
         ModelCheckpoint(filename=Path(CHECKPOINT).stem, **keep),
     ]
     if validation:
-        callbacks.append(ModelCheckpoint(filename="best", monitor="val_acc", mode="max", **keep))
+        callbacks.append(ModelCheckpoint(
+            filename="best", monitor="val_acc", mode="max", save_weights_only=True, **keep
+        ))
     try:
         return Trainer(
             max_epochs=recipe.epochs,

@@ -48,19 +48,11 @@ def use_style():
     """
     styles = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))]
     plt.rcParams.update({
-        "figure.figsize": (6.0, 3.6),
-        "figure.constrained_layout.use": True,
-        "savefig.dpi": 200,
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=styles),
-        "axes.axisbelow": True,
-        "grid.color": "#DDDDDD",
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 4,
+        "figure.figsize": (6.0, 3.6), "figure.constrained_layout.use": True, "savefig.dpi": 200,
+        "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=styles), "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "grid.color": "#DDDDDD", "grid.linewidth": 0.6,
+        "font.size": 9, "lines.linewidth": 1.6, "lines.markersize": 4,
     })
     if "inline" in plt.get_backend():  # a notebook, which does not heed savefig.dpi
         from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -147,8 +139,7 @@ def heat(images, maps, *, opacity=0.5):
     maps = maps.detach().float().cpu()
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo().tiny)
     maps = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")
-    colours = torch.from_numpy(plt.get_cmap("inferno")(maps[:, 0].numpy())[..., :3])
-    colours = 255 * colours.permute(0, 3, 1, 2)
+    colours = 255 * torch.from_numpy(plt.cm.inferno(maps[:, 0].numpy())[..., :3]).movedim(3, 1)
     return torch.lerp(images.cpu().double(), colours, opacity * maps.double()).round().byte()
 
 
@@ -182,17 +173,24 @@ def lr_finder_curve(
         if value is not None:
             ax.axvline(value, color=colour, linestyle=style, label=f"{name} {value:.3g}")
     ax.set(xscale="log", xlabel="learning rate (log scale)", ylabel="loss")
-    _legend_above(ax)
+    _legend_above(ax, 3)
     return ax
 
 
-def lr_schedule(lrs, *, steps_per_epoch, ax=None):
-    """Plots the learning rate of each optimizer step over epochs and names start, peak and end."""
+def lr_schedule(lrs, *, steps_per_epoch, logged=None, ax=None):
+    """Plots the learning rate of each optimizer step over epochs and names start, peak and end.
+
+    `logged`: {step: rate} or [(step, rate), …], from step 0, drawn over the planned ones.
+    """
     lrs = np.asarray(lrs, dtype=float)
     epochs, last, peak = np.arange(len(lrs)) / steps_per_epoch, len(lrs) - 1, int(lrs.argmax())
 
     ax = _single(ax, (6.0, 3.4))
-    ax.plot(epochs, lrs, color=BLUE, linestyle="-")
+    ax.plot(epochs, lrs, color=BLUE, linestyle="-", label="planned")
+    if logged is not None:
+        steps, rates = zip(*dict(logged).items(), strict=True)
+        ax.plot(np.divide(steps, steps_per_epoch), rates, ":", color="black", label="logged")
+        _legend_above(ax)
     ax.set(xlabel="epoch", ylabel="learning rate")
     ax.margins(y=0.16)
     ax.grid(axis="y")
@@ -210,12 +208,13 @@ def lr_schedule(lrs, *, steps_per_epoch, ax=None):
     return ax
 
 
-def loss_curves(history, *, ax=None):
+def loss_curves(history, *, smoothed=False, ax=None):
     """Plots the loss of each epoch, the last ones as numbers.
 
     `history`: a dict for each epoch with `epoch`, `train_loss`, `test_loss` and perhaps `val_loss`.
+    `smoothed`: whether the training loss is of smoothed labels, and so not to be compared.
     """
-    return _epoch_curves([history], "loss", ax, "loss", digits=3)
+    return _epoch_curves([history], "loss", ax, "loss", digits=3, smoothed=smoothed)
 
 
 def accuracy_curves(history, *, claimed=None, ax=None):
@@ -237,7 +236,7 @@ def accuracy_band(histories, *, ax=None):
     return _epoch_curves(histories, "acc", ax, label)
 
 
-def compare_curves(histories, published=None, *, ax=None):
+def compare_curves(histories, published=(), *, ax=None):
     """Plots the test accuracy of several recipes by epoch, the last ones as numbers.
 
     `histories`: {name: rows as for `accuracy_curves`}. `published`: {name: rows with `epoch` and
@@ -245,8 +244,7 @@ def compare_curves(histories, published=None, *, ax=None):
     grey without one. Runs may differ in length: a dotted line goes on at the last accuracy. The
     axis begins at half the lowest last accuracy, in tens; what lies below is cut off.
     """
-    published = published or {}
-    curves = [(f"{name}, source", name, rows) for name, rows in published.items()]
+    curves = [(f"{name}, source", name, rows) for name, rows in dict(published).items()]
     curves += [(name, name, rows) for name, rows in histories.items()]
     if not curves or not all(rows for *_, rows in curves):
         raise ValueError("there must be epochs to draw, in each of the runs")
@@ -288,13 +286,12 @@ def confusion_matrix(results, *, vmax=None, ax=None):
     ax.set_xticks(range(number), results.classes, ha="right", va="center", rotation_mode="anchor",
                   rotation=45 if number <= 20 else 90)
     ax.set_yticks(range(number), results.classes)
-    ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set(xlabel="predicted class", ylabel="true class")
+    ax.set(xlabel="predicted class", ylabel="true class", anchor="W")
 
     ax.figure.draw_without_rendering()  # only now the size of a cell is known
     cell = ax.bbox.width * 72 / ax.figure.dpi / number
-    ax.tick_params(labelsize=min(9.0, 0.8 * cell))
+    ax.tick_params(labelsize=min(9.0, 0.8 * cell), length=0)
     size = min(9.0, cell / (0.75 * max(len(str(counts.max())), 2)))
     dark = norm(errors).filled(0) > 0.6
     for row, column in np.argwhere((counts > 0) | (number <= 20)) if size >= 4 else ():
@@ -313,14 +310,14 @@ def per_class_accuracy(results, *, ax=None):
     mean = np.mean(accuracies)
 
     ax = _single(ax, (5.6, 1.0 + 0.24 * len(ranked)))
-    # The numbers stand with the names, where the mean's line cannot cross them.
-    names = [f"{name}  {accuracy:.1f} %" for name, accuracy in ranked]
-    ax.barh(names, accuracies, color=SKY, height=0.75)
+    ax.barh([name for name, _ in ranked], accuracies, color=SKY, height=0.75)
+    for row, accuracy in enumerate(accuracies):  # a short bar's number runs out of it
+        ax.text(max(accuracy, 12) - 1, row, f"{accuracy:.1f} %", ha="right", va="center_baseline")
     ax.tick_params(axis="y", length=0)
-    ax.axvline(mean, color=VERMILION, linestyle="--")
+    ax.axvline(mean, color=VERMILION, linestyle="-", zorder=0.5)  # behind bars and numbers
     ax.text(mean, 1.0, f"mean {mean:.2f} %", transform=ax.get_xaxis_transform(),
             color=VERMILION, ha="center", va="bottom")
-    ax.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4), xlabel="accuracy, %")
+    ax.set(xlim=(0, 100), ylim=(-0.6, len(ranked) - 0.4), xlabel="accuracy, %")
     return ax
 
 
@@ -379,13 +376,13 @@ def network(model, *, size=32, ax=None):
     children, or of the parts of a child that has one called `residual`. Around a box whose name
     begins with "res" goes a skip connection. A box is as high as its output and as wide as its
     channels, both by square root; the output's shape stands above it. The texts keep their size,
-    so they collide in axes much smaller than a new figure's, 1.1 inches for a box.
+    so they collide in axes much smaller than a new figure's, an inch for a box.
     """
     stages = _stages(model, size)
     _, operations, parameters, shapes = zip(*stages, strict=True)
-    floor = -1.25 - 0.13 * max(map(len, operations))
+    floor = -1.3 - 0.14 * max(map(len, operations))
     left, right, top = -0.55, len(stages) - 0.45, 1.55
-    ax = _single(ax, (1.1 * (right - left), 1.1 * (top - floor) + 0.5))
+    ax = _single(ax, (right - left, top - floor + 0.5))
     ax.set(xlim=(left, right), ylim=(floor - 0.15, top), aspect="equal")
     ax.set_axis_off()
     ax.set_title(f"{type(model).__name__}: {sum(parameters):,} parameters", fontsize=11)
@@ -394,7 +391,7 @@ def network(model, *, size=32, ax=None):
         style = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0, **style}
         ax.annotate("", (end, 0), (start, 0), arrowprops=style)
 
-    small = {"ha": "center", "va": "top", "fontsize": 8.5}
+    small = {"ha": "center", "va": "top", "fontsize": 8}
     end, radius = 0, 7  # of the signal so far; of a sum's circle, in points
     for x, (name, operations, parameters, shape) in enumerate(stages):
         height = 2 * math.sqrt(max(shape[1:], default=1) / size)
@@ -493,7 +490,7 @@ def _legend_above(ax, columns=4):
               columnspacing=1.2, handlelength=1.7)
 
 
-def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=()):
+def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=(), smoothed=False):
     """Plots a quantity by epoch: the runs' mean and range, and thin lines for what was claimed."""
     if len({tuple(row["epoch"] for row in run) for run in runs}) != 1 or not runs[0]:
         raise ValueError("there must be epochs to draw, the same ones in all runs")
@@ -504,7 +501,8 @@ def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=()):
             values = np.array([[row[key] for row in run] for run in runs])
             mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
             ax.plot(epochs, mean, label=name, **style)
-            text = f"{name} {mean[-1]:.{digits}f}"
+            shown = "train (smoothed)" if smoothed and name == "train" else name
+            text = f"{shown} {mean[-1]:.{digits}f}"
             if len(runs) > 1:
                 ax.fill_between(epochs, low, high, color=style["color"], alpha=0.25, linewidth=0)
                 text += f" ({low[-1]:.{digits}f}–{high[-1]:.{digits}f})"
@@ -538,6 +536,5 @@ def _label_at_right(ax, x, labels):
         ax.annotate(
             text, (x, y), xytext=(1.04, height), textcoords=ax.get_yaxis_transform(),
             va="center", color=0.75 * np.array(to_rgb(colour)), annotation_clip=False,  # legible
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5),
-                        "shrinkA": 1, "shrinkB": 2},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
         )

@@ -174,7 +174,7 @@ _RECIPES = [
     # The assignment. Its rates are left to an LR finder; ours are read off the curve in
     # S10_custom_resnet.ipynb. "No annihilation": the schedule ends where it began. Adam with
     # decoupled decay, because without any it learns its training images by heart:
-    # images/s10/tuning.csv. The source, github.com/jaiyesh/tsai-era (folder S10), has a rate 20
+    # images/s10/README.md. The source, github.com/jaiyesh/tsai-era (folder S10), has a rate 20
     # times smaller with L2 decay, which it lets go to nearly nothing; it fills cutout with the
     # mean's number after normalisation, which is left out here.
     Recipe(

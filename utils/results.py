@@ -83,8 +83,7 @@ class Results:
         float64 (15,), NaN in an empty bin. An upper bound belongs to its bin, a lower one doesn't.
         """
         confidences = self.confidences.double()
-        bounds = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
-        bins = torch.bucketize(confidences, bounds[1:-1])
+        bins = torch.bucketize(confidences, torch.linspace(0, 1, BINS + 1).double()[1:-1])
         sums = (bins.bincount(each, BINS) for each in (confidences, self.right.double()))
         counts = bins.bincount(minlength=BINS)
         return counts, *(100 * each / counts for each in sums)

@@ -227,7 +227,7 @@ def save_figures(out, recipe, images, results, history):
     rates = one_cycle_rates(recipe, total_steps=recipe.epochs * steps_per_epoch)
     drawn = {
         "schedule": lambda: plotting.lr_schedule(rates, steps_per_epoch=steps_per_epoch),
-        "loss": lambda: plotting.loss_curves(history),
+        "loss": lambda: plotting.loss_curves(history, smoothed=recipe.label_smoothing > 0),
         "accuracy": lambda: plotting.accuracy_curves(history),
         "per_class": lambda: plotting.per_class_accuracy(results),
         "confusion": lambda: plotting.confusion_matrix(results),
@@ -243,11 +243,10 @@ def save_figures(out, recipe, images, results, history):
     return paths
 
 
-def figure_title(recipe, images, *, runs=1):
+def figure_title(recipe, images, *, runs="one run"):
     """What stands above pictures of one run, or of several: "s10 · 3 runs of 24 epochs on …"."""
-    count = "one run" if runs == 1 else f"{runs} runs"
     epochs = "one epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
-    return f"{recipe.name} · {count} of {epochs} on {images.name}"
+    return f"{recipe.name} · {runs} of {epochs} on {images.name}"
 
 
 def test_results(model, images, *, dtype=None):

@@ -73,8 +73,8 @@ def changed(settings):
 def keep(name, outs, images, folder, *, weights=False, device):
     """Keeps the results of the finished runs `outs` of the recipe `name` in `folder`.
 
-    That is runs.csv, a history_seed<k>.csv of each, the figures of the median run by test
-    accuracy (the lower one of two), of several runs accuracy.png with all of them, and with
+    That is runs.csv, a history_seed<k>.csv of each, the figures and logs of the median run by
+    test accuracy (the lower one of two), of several runs accuracy.png with all of them, and with
     `weights` the median run's in float16, with what they make of the test images. `images`: the
     `ImageData` of the runs, on which they are evaluated again. Raises InputError where the runs
     are not all finished, of this recipe with the same settings and precision, of this data, and
@@ -93,11 +93,16 @@ def keep(name, outs, images, folder, *, weights=False, device):
         shutil.copyfile(out / "history.csv", folder / f"history_seed{metrics['seed']}.csv")
     for figure in median.glob("*.png"):
         shutil.copyfile(figure, folder / figure.name)
+    for logs in ("csv", "tensorboard"):  # of Lightning
+        shutil.rmtree(folder / logs, ignore_errors=True)
+        if (median / logs).exists():
+            shutil.copytree(median / logs, folder / logs)
     if len(runs) > 1:
         plotting.use_style()
         histories = [files.read_table(out / "history.csv") for *_, out in runs]
         ax = plotting.accuracy_band([history.to_dict("records") for history in histories])
-        ax.figure.suptitle(run.figure_title(runs[0][0], images, runs=len(runs)), wrap=True)
+        title = run.figure_title(runs[0][0], images, runs=f"{len(runs)} runs")
+        ax.figure.suptitle(title, wrap=True)
         files.save_figure(ax.figure, folder / "accuracy.png")
     if weights:
         model, path = load_weights(median / "weights.safetensors"), folder / "weights.safetensors"

@@ -1,13 +1,17 @@
-"""The README's tables, made of the files in images/: `python -m utils.maintenance.tables`."""
+"""The pages' tables and the README's first picture, made of the files in images/.
+
+`python -m utils.maintenance.tables` brings them up to date.
+"""
 
 from pathlib import Path
 
-from utils import InputError, files
+import pandas as pd
+
+from utils import InputError, files, plotting, training
 from utils.recipes import RECIPES, recipe
 
 ROOT = Path(__file__).parents[2]
 IMAGES = files.IMAGES
-README = ROOT / "README.md"
 
 
 def markdown(head, rows):
@@ -17,32 +21,33 @@ def markdown(head, rows):
 
 
 def results(folder=IMAGES):
-    """All recipes with a runs.csv in `folder`, in the order of RECIPES."""
-    head = [
-        "recipe", "source's claim: train, test", "test", "with test-time flip", "train", "epochs",
-        "training time", "on",
-    ]
-    paths = {name: Path(folder, name, "runs.csv") for name in RECIPES}
-    return markdown(head, [
-        result_cells(recipe(name), files.read_table(path))
-        for name, path in paths.items() if path.exists()
-    ])
+    """What recipes.csv lists: a recipe, what its source claims, and its runs where there are some.
+
+    A line's folder is that of the runs: the recipe's, or below it one for other settings.
+    """
+    head = ["recipe", "what", "claim: train / test", "test", "with flip", "train", "epochs", "time"]
+    rows = []
+    for name, what, source in files.read_table(Path(folder, "recipes.csv")).values:
+        settings, path = recipe(name.partition("/")[0]), Path(folder, name, "runs.csv")
+        none = ["", "not yet", "–", "–", "–", "–"]
+        change, *cells = measured(settings, files.read_table(path)) if path.exists() else none
+        claims = [f"{settings.claimed[split]:.2f}" if split in settings.claimed else "–"
+                  for split in ("train", "test")]
+        claim = f"[{'&nbsp;/&nbsp;'.join(claims)}]({source})" if source else "–"
+        rows.append([f"`{settings.name}` {change}".strip(), what, claim, *cells])
+    return markdown(head, rows)
 
 
-def result_cells(settings, runs):
-    """A recipe's line, of a DataFrame with a row for each of its runs."""
-    claims = [f"{settings.claimed[name]:.2f}" if name in settings.claimed else "–"
-              for name in ("train", "test")]
-    epochs, seconds = runs["epochs"][0], runs["seconds"].mean()
+def measured(settings, runs):
+    """What has changed in a recipe, and the results; of a DataFrame with a row for each run."""
+    devices = runs["device"] + ", " + runs["precision"]
+    devices = devices.str.replace(r" CPU, (\d+) thread\(s\)", r" ×\1", regex=True)
+    epochs, time = runs["epochs"][0], f"{runs['seconds'].mean() / 60:.1f} min, "
     return [
-        f"`{settings.name}` {runs['changed'][0]}".strip(),
-        ", ".join(claims) if settings.claimed else "–",
-        f"{spread(runs['test_acc'])} (n = {len(runs)})",
-        spread(runs["test_acc_flip"]),
-        spread(runs["train_acc"]),
+        code(runs["changed"][0]), f"{spread(runs['test_acc'])} (n = {len(runs)})",
+        spread(runs["test_acc_flip"]), spread(runs["train_acc"]),
         f"{epochs}" if epochs == settings.epochs else f"{epochs} of {settings.epochs}",
-        f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.1f} s",
-        "; ".join(sorted(set(runs["device"] + ", " + runs["precision"]))),
+        time + "; ".join(sorted(set(devices))),
     ]
 
 
@@ -51,17 +56,25 @@ def spread(values):
     return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
 
 
+def code(changes):
+    """Settings as the files hold them, "a=1; b=2", as code."""
+    return ", ".join(f"`{change}`" for change in changes.split("; ") if change)
+
+
 def tuning(name, folder=IMAGES):
     """What was tried for the recipe `name`."""
     rows = files.read_table(Path(folder, name, "tuning.csv")).itertuples()
     return markdown(["changed", "images", "epochs", "train", "validation", "time"], [
-        [
-            ", ".join(f"`{change}`" for change in row.changed.split("; ") if change) or "–",
-            row.data, f"{row.epochs}", f"{row.train_acc:.2f}", f"{row.validation_acc:.2f}",
-            f"{row.seconds / 60:.0f} min",
-        ]
+        [code(row.changed) or "–", row.data, f"{row.epochs}", f"{row.train_acc:.2f}",
+         f"{row.validation_acc:.2f}", f"{row.seconds / 60:.0f} min"]
         for row in rows
     ])
+
+
+def log(name, folder=IMAGES):
+    """The log of a recorded run of the recipe `name`, the first by name."""
+    path = min(Path(folder, name).glob("history_seed*.csv"))
+    return f"```text\n{training.table(files.read_table(path).to_dict('records'))}\n```\n"
 
 
 def speeds(folder=IMAGES):
@@ -75,32 +88,53 @@ def speeds(folder=IMAGES):
     return markdown([f"on {table['device'][0]}", "median", "lowest", "highest", ""], rows)
 
 
-TABLES = {
-    "results": results,
-    "speeds": speeds,
-    "tuning of s10_cpu": lambda: tuning("s10_cpu"),
+def accuracy_by_epoch(folder=IMAGES):
+    """Plots the mean accuracy of each recipe's recorded runs, and behind it that of its source.
+
+    Shortened runs are left out, and resnet9's source, which went on from trained weights.
+    """
+    histories = {}
+    for name in RECIPES:
+        runs = [files.read_table(path) for path in Path(folder, name).glob("history_seed*.csv")]
+        if runs and len(runs[0]) == recipe(name).epochs:
+            mean = pd.concat(runs).groupby("epoch", as_index=False)["test_acc"].mean()
+            histories[name] = mean.to_dict("records")
+    published = files.read_table(Path(folder, "published.csv")).groupby("recipe")
+    sources = {name: rows.to_dict("records") for name, rows in published if name != "resnet9"}
+    plotting.use_style()
+    return plotting.compare_curves(histories, sources)
+
+
+PAGES = {
+    "README.md": {"results": results, "log of s12": lambda: log("s12")},
+    "images/s10/README.md": {"tuning of s10": lambda: tuning("s10")},
+    "images/s10_cpu/README.md": {"tuning of s10_cpu": lambda: tuning("s10_cpu")},
+    "images/benchmark/README.md": {"speeds": speeds},
 }
 
 
-def with_tables(text):
-    """The README's `text` with each table as the files have it, between its two marks.
+def with_tables(text, tables):
+    """A page's `text` with each of its tables, {name: function}, between its two marks.
 
     Raises InputError where the marks are missing.
     """
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         begin = f"<!-- {name}: python -m utils.maintenance.tables -->\n"
         end = f"<!-- end of {name} -->\n"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise InputError(f"the README lacks the lines {begin.strip()} and {end.strip()}")
+            raise InputError(f"the page lacks the lines {begin.strip()} and {end.strip()}")
         text = f"{before}{begin}\n{table()}\n{end}{after}"
     return text
 
 
-def write(readme=README):
-    """Brings the tables in `readme` up to date."""
-    files.save_text(with_tables(readme.read_text(encoding="utf-8")), readme)
+def write(root=ROOT):
+    """Brings the tables of all pages and images/accuracy.png up to date."""
+    for page, tables in PAGES.items():
+        text = Path(root, page).read_text(encoding="utf-8")
+        files.save_text(with_tables(text, tables), Path(root, page))
+    files.save_figure(accuracy_by_epoch().figure, Path(root, "images", "accuracy.png"))
 
 
 if __name__ == "__main__":
