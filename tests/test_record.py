@@ -13,6 +13,7 @@ from conftest import CPU, ON_CPU, Small, read_history, write_folder
 from utils import InputError, data, devices, files, models, run, train
 from utils.maintenance import record, tables
 from utils.models import load_weights
+from utils.results import read_predictions
 
 COLUMNS = [
     "recipe", "changed", "seed", "epochs", "train_acc", "seconds", "device", "precision",
@@ -97,7 +98,8 @@ def change_metrics(out, change):
 def test_files(root):
     names = {path.name for path in (root / "kept").iterdir()}
     histories = {f"history_seed{seed}.csv" for seed in range(3)}
-    assert names == {"runs.csv", "loss.png", "accuracy.png", "weights.safetensors"} | histories
+    tensors = {"weights.safetensors", "predictions.safetensors"}
+    assert names == {"runs.csv", "loss.png", "accuracy.png"} | tensors | histories
     assert {path.name for path in (root / "runs").iterdir()} == {
         f"s10-colours-seed{seed}" for seed in range(3)
     }
@@ -144,6 +146,11 @@ def test_figures_and_weights_are_the_median_runs(copy, images, accuracies, media
     assert kept.metadata == original.metadata and kept.metadata["seed"] == median
     assert torch.equal(kept.fc.weight, original.fc.weight.half().float())
     assert load_file(copy / "new/weights.safetensors")["fc.weight"].dtype == torch.float16
+    monkeypatch.undo()
+    predicted, _ = run.test_results(kept, images)
+    order = images.test_labels.argsort(stable=True)
+    found = read_predictions(copy / "new/predictions.safetensors")
+    torch.testing.assert_close(found.logits, predicted.logits[order].half().float())
 
 
 def test_a_precision_that_the_device_lacks_is_not_emulated(copy, images, monkeypatch):
@@ -185,7 +192,7 @@ def test_fewer_runs_leave_nothing_of_the_others(copy):
                  "--device", "cpu"])
     assert list(files.read_table(copy / "kept/runs.csv")["seed"]) == [2]
     assert [path.name for path in (copy / "kept").glob("history*")] == ["history_seed2.csv"]
-    assert not (copy / "kept/weights.safetensors").exists()
+    assert not list((copy / "kept").glob("*.safetensors"))
     # of a single run the curves are its own
     assert (copy / "kept/accuracy.png").read_text() == "s10-colours-seed2"
 

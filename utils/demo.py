@@ -208,12 +208,14 @@ def page(weights, source, *, nearest=True):
 
     def gallery(title, width):
         """As many columns of at least `width` pixels as there is room for."""
-        grid = f"auto-flow / repeat(auto-fill, minmax({width}px, 1fr)) !important"
-        gr.HTML(f"""{title}<style>
-            .at{width} .grid-container {{grid: {grid}}}
-            .at{width} .grid-wrap {{min-height: 0 !important; max-height: none !important}}
-            .at{width} .caption-label {{max-width: 100% !important; white-space: normal !important}}
-        </style>""", padding=False)
+        style = {
+            ".grid-container": f"grid: auto-flow / repeat(auto-fill, minmax({width}px, 1fr))",
+            ".grid-wrap": "height: auto; min-height: 0; max-height: none",
+            ".caption-label": "max-width: 100%; white-space: normal",
+        }
+        rules = "".join(f".at{width} {of} {{{rule.replace(';', ' !important;')} !important}}"
+                        for of, rule in style.items())
+        gr.Markdown(f"{title}\n\n<style>{rules}</style>", sanitize_html=False)
         return gr.Gallery(height="auto", format="png", show_label=False, elem_classes=f"at{width}",
                           allow_preview=False, interactive=False, buttons=[])
 
@@ -252,7 +254,7 @@ def page(weights, source, *, nearest=True):
                 number = gr.Slider(1, 50, 10, step=1, label="images")
                 pair = class_menu("true class", "any"), class_menu("predicted class", "any")
                 cam = cam_controls()
-            wrong = gallery("True class → predicted class; the surest first.", 190)
+            wrong = gallery("True class → predicted class; the surest first.", 170)
         with gr.Tab("How well it does"):
             gr.Markdown(
                 f"**{results.accuracy:.2f} %** of {len(results.labels):,} test images are right. "
