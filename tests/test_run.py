@@ -122,7 +122,7 @@ def test_weights_give_the_reported_accuracy_and_say_what_they_are_of(out):
 
 def test_a_run_says_what_it_does_and_what_came_out(tmp_path, capsys):
     start(out=tmp_path / "new")
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.replace("\n" + 9 * " ", " ").splitlines()
     assert lines[0] == "data     tiny: 42 training and 18 test images of 8×8 pixels in 3 classes"
     assert lines[1].startswith("recipe   s10, epochs 2, ")
     assert lines[2].startswith("device   ") and lines[2].endswith(", float32")

@@ -21,7 +21,7 @@ ZOOM = 8  # a pixel of the network's picture becomes 8×8 on the page
 
 # What a Space needs.
 MODULES = "__init__ progress sample data devices files models results explain plotting demo"
-LIBRARIES = "torch torchvision torchmetrics numpy pandas pillow matplotlib safetensors captum tqdm"
+LIBRARIES = "torch torchvision numpy pandas pillow matplotlib safetensors captum tqdm"
 APP = """from pathlib import Path
 
 from utils.demo import page

@@ -6,7 +6,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from utils import InputError, files
 
@@ -63,7 +62,9 @@ class Results:
     @cached_property
     def confusion(self):
         """Counts int64 (C, C): rows are true classes, columns predicted ones."""
-        return multiclass_confusion_matrix(self.predictions, self.labels, len(self.classes))
+        count = len(self.classes)
+        pairs = count * self.labels + self.predictions
+        return pairs.bincount(minlength=count**2).view(count, count)
 
     @cached_property
     def per_class(self):
