@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
-from torchvision import datasets
 
 from utils import InputError, sample
 from utils.progress import progress_bar
@@ -135,6 +134,8 @@ def cifar10(root="data"):
 
     Downloads 170 MB at first. Raises InputError without a network or where a checksum fails.
     """
+    from torchvision import datasets  # here, because it takes seconds
+
     try:
         splits = [datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, HTTPException, RuntimeError) as error:
@@ -155,6 +156,8 @@ def image_folder(path, *, train=True):
     Any classes, the same in both. Without `train` there are no training images. Raises
     InputError where something is missing or broken.
     """
+    from torchvision import datasets
+
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"no folder {path}; give --data cifar10, sample or an existing folder")

@@ -14,7 +14,6 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
-import torchvision
 
 from utils import InputError, data, devices, files, plotting, training
 from utils.batches import evaluation_batches, training_batches
@@ -94,6 +93,8 @@ def output_folder(recipe, options):
 
 def run(recipe, images, options, out):
     """Trains the recipe on an `ImageData` and writes everything to the folder `out`."""
+    import torchvision  # here, because it takes seconds
+
     start, commit = time.perf_counter(), current_commit()
     devices.keep_memory()
     device, begun = devices.pick_device(options.device), None
