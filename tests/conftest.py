@@ -56,6 +56,14 @@ def small_network(monkeypatch):
     monkeypatch.setitem(models.MODELS, "custom_resnet", Small)
 
 
+@pytest.fixture(scope="module")
+def small_networks():
+    """`small_network` for a whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "custom_resnet", Small)
+        yield
+
+
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing takes longer than these runs."""

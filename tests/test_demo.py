@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import Small
-from utils import InputError, data, demo, explain, files, models, run
+from utils import InputError, data, demo, explain, files, run
 from utils.models import load_weights
 from utils.recipes import recipe
 from utils.results import Results, read_predictions
@@ -42,12 +42,7 @@ NOT_SEEN = {  # what is uploaded, and what the page says
     "moving.gif": "moving.gif is animated; give a single picture",
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "custom_resnet", Small)
-        yield
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 @pytest.fixture(scope="module")

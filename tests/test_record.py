@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import CPU, ON_CPU, Small, read_history, write_folder
-from utils import InputError, data, devices, files, models, run, train
+from conftest import CPU, ON_CPU, read_history, write_folder
+from utils import InputError, data, devices, files, run, train
 from utils.maintenance import record, tables
 from utils.models import load_weights
 from utils.results import read_predictions
@@ -38,12 +38,7 @@ OLD = {
     "warm_up_seconds": 0.0,
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "custom_resnet", Small)
-        yield
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 @pytest.fixture(scope="module")
