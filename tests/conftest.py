@@ -41,7 +41,7 @@ def tiny_images(side=8):
 class Small(CustomResNet):
     """Of the same kind, but without its 26 MB and its arithmetic."""
 
-    def __init__(self, num_classes, *, fc_bias=True):
+    def __init__(self, num_classes, *, fc_bias=True, width=64):
         nn.Module.__init__(self)
         self.prep = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
         self.fc = nn.Linear(4, num_classes, bias=fc_bias)

@@ -18,7 +18,7 @@ from utils.models import (
     build,
     dirac_init,
     load_weights,
-    whiten_init,
+    whiten,
 )
 from utils.recipes import Recipe
 from utils.transforms import Normalization
@@ -164,11 +164,11 @@ def test_dirac_init_passes_the_input_on():
     assert torch.equal(model.layer1.conv[0].weight[64:], others)
 
 
-def test_whiten_init_makes_the_outputs_uncorrelated():
+def test_whitening_makes_the_outputs_uncorrelated():
     model = CustomResNet()
     random = model.prep[0].weight[54:].clone()
     images = nn.functional.avg_pool2d(torch.randn(64, 3, 34, 34), 3, stride=1)  # neighbours alike
-    whiten_init(model, images)
+    whiten(model, images)
     outputs = nn.functional.conv2d(images, model.prep[0].weight).transpose(0, 1).flatten(1)
     covariance = outputs[:27].double().cov()
     # All but the smallest variances, where the 0.01 that keeps noise down counts.

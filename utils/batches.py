@@ -13,7 +13,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils import InputError
 from utils.devices import cores
-from utils.transforms import BatchAugmentation, Normalization, albumentations_pipeline
+from utils.transforms import (
+    BatchAugmentation,
+    Normalization,
+    albumentations_pipeline,
+    random_flip,
+)
 
 EVALUATION_BATCH = 1000
 
@@ -43,8 +48,12 @@ def training_batches(recipe, images, *, seed=0, device, rank=0, processes=1, wor
         pipeline = albumentations_pipeline(recipe, *images.statistics, size=pixels.shape[-2:])
         dataset = PerImageDataset(pixels, labels, pipeline)
         return PerImageBatches(dataset, order, batch_size=batch_size, workers=workers)
+    pixels = pixels.to(device)
+    if recipe.alternating_flip:
+        generator = torch.Generator(device).manual_seed(seed)
+        pixels = random_flip(pixels, recipe.flip, generator)
     augment = BatchAugmentation(recipe, *images.statistics)
-    return Batches(pixels.to(device), labels.to(device), augment, order, batch_size=batch_size)
+    return Batches(pixels, labels.to(device), augment, order, batch_size=batch_size)
 
 
 def evaluation_batches(images, split="test", *, statistics=None, device, rank=0, processes=1):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -203,6 +203,8 @@ def make_trainer(
         LearningRateMonitor("step"),
         ModelCheckpoint(filename=Path(CHECKPOINT).stem, **keep),
     ]
+    if recipe.averaging:
+        callbacks.append(EMAWeightAveraging(decay=recipe.averaging))
     if validation:
         callbacks.append(ModelCheckpoint(
             filename="best", monitor="val_acc", mode="max", save_weights_only=True, **keep

@@ -58,7 +58,7 @@ class _Classifier(nn.Module):
         return load_weights(folders[name])
 
     def embed(self, x):
-        """Images (N, 3, H, W) to what the linear layer sees, (N, 512)."""
+        """Images (N, 3, H, W) to what the linear layer sees, (N, 512) at full width."""
         if min(x.shape[-2:]) < 8:
             size = "×".join(map(str, x.shape[-2:]))
             raise InputError(f"images of {size} pixels are too small; enlarge them to 32×32")
@@ -71,19 +71,20 @@ class _Classifier(nn.Module):
 class CustomResNet(_Classifier):
     """Images (N, 3, H, W), float, H and W at least 8, to logits (N, num_classes).
 
-    6,573,130 parameters with ten classes; 6,573,120 without the bias of the linear layer.
-    Made for 32×32. Of smaller images the last pool takes all that is left; larger ones are
-    averaged over the places that are left after it. Raises InputError below 8×8.
+    6,573,130 parameters with ten classes; 6,573,120 without the bias of the linear layer. `width`:
+    channels of the first convolution. Made for 32×32.
+    Of smaller images the last pool takes all that is left; larger ones are averaged over the places
+    that are left after it. Raises InputError below 8×8.
     """
 
-    def __init__(self, num_classes=10, *, fc_bias=True):
+    def __init__(self, num_classes=10, *, fc_bias=True, width=64):
         super().__init__()
-        self.prep = _conv(3, 64)
-        self.layer1 = ResidualLayer(64, 128)
-        self.layer2 = _conv(128, 256, pool=True)
-        self.layer3 = ResidualLayer(256, 512)
+        self.prep = _conv(3, width)
+        self.layer1 = ResidualLayer(width, 2 * width)
+        self.layer2 = _conv(2 * width, 4 * width, pool=True)
+        self.layer3 = ResidualLayer(4 * width, 8 * width)
         self.pool = nn.MaxPool2d(4, ceil_mode=True)  # so that 24×24 leaves one place, not none
-        self.fc = nn.Linear(512, num_classes, bias=fc_bias)
+        self.fc = nn.Linear(8 * width, num_classes, bias=fc_bias)
 
     def features(self, x):
         return self.layer3(self.layer2(self.layer1(self.prep(x))))
@@ -100,16 +101,17 @@ class ResNet9(_Classifier):
     channels are those of Page, "How to train your ResNet" (2018).
     """
 
-    def __init__(self, num_classes=10, *, fc_bias=True):
+    def __init__(self, num_classes=10, *, fc_bias=True, width=64):
         super().__init__()
-        self.conv1 = _conv_then_pool(3, 64)
-        self.conv2 = _conv_then_pool(64, 128, pool=True)
-        self.res1 = nn.Sequential(_conv_then_pool(128, 128), _conv_then_pool(128, 128))
-        self.conv3 = _conv_then_pool(128, 256, pool=True)
-        self.conv4 = _conv_then_pool(256, 512, pool=True)
-        self.res2 = nn.Sequential(_conv_then_pool(512, 512), _conv_then_pool(512, 512))
+        two, four, eight = 2 * width, 4 * width, 8 * width
+        self.conv1 = _conv_then_pool(3, width)
+        self.conv2 = _conv_then_pool(width, two, pool=True)
+        self.res1 = nn.Sequential(_conv_then_pool(two, two), _conv_then_pool(two, two))
+        self.conv3 = _conv_then_pool(two, four, pool=True)
+        self.conv4 = _conv_then_pool(four, eight, pool=True)
+        self.res2 = nn.Sequential(_conv_then_pool(eight, eight), _conv_then_pool(eight, eight))
         self.pool = nn.MaxPool2d(4, ceil_mode=True)
-        self.fc = nn.Linear(512, num_classes, bias=fc_bias)
+        self.fc = nn.Linear(eight, num_classes, bias=fc_bias)
 
     def features(self, x):
         x = self.conv2(self.conv1(x))
@@ -118,13 +120,45 @@ class ResNet9(_Classifier):
         return x + self.res2(x)
 
 
+class GhostBatchNorm(nn.BatchNorm2d):
+    """BatchNorm that in training normalises at most `size` images together: its ghost batches.
+
+    The running statistics remember as many images as BatchNorm's in batches of 512.
+    Source: Hoffer, Hubara & Soudry, "Train longer, generalize better" (2017).
+    """
+
+    def __init__(self, channels, size):
+        super().__init__(channels, momentum=0.1 * size / 512)
+        self.size = size
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        parts = x.tensor_split(-(-len(x) // self.size))
+        return torch.cat([*map(super().forward, parts)])
+
+
 MODELS = {"custom_resnet": CustomResNet, "resnet9": ResNet9}
+ARCHITECTURE = ("model", "fc_bias", "width", "activation")  # what of a recipe its weights need
+
+
+def network(classes, *, model, fc_bias=True, width=64, activation="relu", ghost_batch=None):
+    """The network of these settings of a recipe, for that number of classes."""
+    made = MODELS[model](classes, fc_bias=fc_bias, width=width)
+    for block in [*made.modules()]:
+        for name, layer in block.named_children():
+            if isinstance(layer, nn.ReLU) and activation == "celu":
+                setattr(block, name, nn.CELU(0.3))
+            if isinstance(layer, nn.BatchNorm2d) and ghost_batch:
+                setattr(block, name, GhostBatchNorm(layer.num_features, ghost_batch))
+    return made
 
 
 def build(recipe, images, *, seed=0):
     """The recipe's network for an `ImageData`, initialised by `seed`, on the CPU, channels_last."""
     torch.manual_seed(seed)
-    model = MODELS[recipe.model](len(images.classes), fc_bias=recipe.fc_bias)
+    settings = {name: getattr(recipe, name) for name in ARCHITECTURE}
+    model = network(len(images.classes), ghost_batch=recipe.ghost_batch, **settings)
     with torch.no_grad():
         model.fc.weight *= recipe.logit_scale
     if recipe.dirac:
@@ -132,7 +166,11 @@ def build(recipe, images, *, seed=0):
     if recipe.whiten:
         # from all over them: in a folder they are sorted by class
         some = images.train_images[:: max(1, len(images.train_images) // 1000)][:1000]
-        whiten_init(model, Normalization(*images.statistics)(some))
+        whiten(model, Normalization(*images.statistics)(some))
+    if recipe.bias_factor != 1:
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.requires_grad_(False)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -146,7 +184,9 @@ def load_weights(path):
     tensors, metadata = files.read_weights(path)
     try:
         classes, mean, std = (tuple(metadata[name]) for name in ("classes", "mean", "std"))
-        model = MODELS[metadata["model"]](len(classes), fc_bias=metadata["fc_bias"])
+        # an older file does not name them all
+        settings = {name: metadata[name] for name in ARCHITECTURE if name in metadata}
+        model = network(len(classes), **settings)
         model.load_state_dict(tensors)
         if not len(mean) == len(std) == 3:
             raise ValueError("mean and std are of three channels")
@@ -172,8 +212,9 @@ def dirac_init(model):
 
 
 @torch.no_grad()
-def whiten_init(model, images):
-    """Makes the first convolution's outputs uncorrelated on `images`, the large ones of variance 1.
+def whiten(model, images):
+    """Makes the first convolution's outputs uncorrelated on `images`, the large ones of variance 1,
+    and fixes it.
 
     `images`: float (N, 3, H, W), normalised as in training. The filters are the eigenvectors of
     their 3×3 patches' covariance, each over the root of its eigenvalue, and the same negated;
@@ -186,3 +227,4 @@ def whiten_init(model, images):
     filters = (vectors / (variances + 1e-2).sqrt()).T.flip(0).to(conv.weight)
     filters = torch.cat([filters, -filters])[: conv.out_channels]
     conv.weight[: len(filters)] = filters.view(-1, *conv.weight.shape[1:])
+    conv.weight.requires_grad_(False)

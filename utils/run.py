@@ -17,7 +17,7 @@ import torch
 
 from utils import InputError, data, devices, files, plotting, training
 from utils.batches import evaluation_batches, training_batches
-from utils.models import build
+from utils.models import ARCHITECTURE, build
 from utils.optimization import make_optimizer, one_cycle, one_cycle_rates
 
 
@@ -164,7 +164,7 @@ def weights_metadata(recipe, images, *, seed=0):
     mean, std = images.statistics
     return {
         "recipe": recipe.name, "seed": seed,
-        "model": recipe.model, "fc_bias": recipe.fc_bias,
+        **{name: getattr(recipe, name) for name in ARCHITECTURE},
         "classes": list(images.classes), "mean": mean.tolist(), "std": std.tolist(),
         "data": images.fingerprint,
     }

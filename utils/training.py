@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils import InputError, files
 from utils.devices import autocast, dtype_name
@@ -73,11 +74,14 @@ def training_step(model, images, labels, optimizer, recipe, *, scaler, dtype):
     return loss.detach(), correct
 
 
-def train_epoch(model, batches, optimizer, scheduler, recipe, *, scaler, dtype, bar=None):
+def train_epoch(
+    model, batches, optimizer, scheduler, recipe, *, scaler, dtype, average=None, bar=None
+):
     """One pass over `batches`. Returns the mean loss and the accuracy in percent, both over
     images, and the learning rate of the last step.
 
-    Each batch counts by its size, so that a short last batch does not weigh too much. The sums
+    After each step the weights go into the AveragedModel `average`, where there is one. Each batch
+    counts by its size, so that a short last batch does not weigh too much. The sums
     stay on the device, which is asked for them only every 25th step and at the end.
     Raises InputError when the loss is not finite.
     """
@@ -92,6 +96,8 @@ def train_epoch(model, batches, optimizer, scheduler, recipe, *, scaler, dtype, 
         )
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
+        if average:
+            average.update_parameters(model)
         loss_sum += loss * len(labels)
         correct_sum += correct
         count += len(labels)
@@ -130,6 +136,7 @@ def fit(
 ):
     """Trains for `recipe.epochs` epochs and evaluates after each. Returns the history, a list.
 
+    Where the recipe averages weights, the average is evaluated, and is in the model at the end.
     With `checkpoint`, a path, everything is saved there after each epoch, whole or not at all.
     With `resume` a run that was cut off goes on after its last whole epoch; on a CPU it ends
     with the same weights, bit for bit, as one that never was. Raises InputError for a checkpoint
@@ -139,6 +146,11 @@ def fit(
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    average = None
+    if recipe.averaging:
+        average = parts["average"] = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True
+        )
     identity = run_identity(recipe, dtype=dtype, **(identity or {}))
     history = []
     if resume and checkpoint and Path(checkpoint).exists():
@@ -152,10 +164,10 @@ def fit(
             start = time.perf_counter()
             *train, rate = train_epoch(
                 model, train_batches, optimizer, scheduler, recipe, scaler=scaler, dtype=dtype,
-                bar=bar,
+                average=average, bar=bar,
             )
             seconds = time.perf_counter() - start
-            test = predict(model, test_batches, dtype=dtype)
+            test = predict(average.module if average else model, test_batches, dtype=dtype)
             history.append(history_row(
                 epoch + 1, lr=rate, train=train, test=(test.loss, test.accuracy), images=images,
                 seconds=seconds,
@@ -164,4 +176,6 @@ def fit(
                 files.save_checkpoint(checkpoint, identity, history, parts)
             bar.write(ROW.format(**history[-1]))
             sys.stdout.flush()
+    if average:
+        model.load_state_dict(average.module.state_dict())
     return history

@@ -29,7 +29,10 @@ class BatchAugmentation:
     def __call__(self, images, generator=None, epoch=0):
         recipe = self.recipe
         images = random_crop(images, recipe.padding, generator, mode=recipe.padding_mode)
-        images = random_flip(images, recipe.flip, generator)
+        if not recipe.alternating_flip:
+            images = random_flip(images, recipe.flip, generator)
+        elif epoch % 2:
+            images = images.flip(3)  # a random half of them is mirrored already
         if recipe.rotation:
             images = random_rotation(images.float(), recipe.rotation, generator)
         if recipe.brightness:
