@@ -102,6 +102,20 @@ def test_images_have_the_size_of_the_epoch():
     assert shapes == [(8, 8)] * 3 + [(12, 12)] * 3
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_alternating_flip_shows_each_image_and_its_mirror_image_in_turns(share):
+    images = training_data(tiny_images().train_images)
+    batches = make(OFF.replace(alternating_flip=True, flip=share), images, seed=1)
+    normal = batches.augment.normalize(images.train_images)
+    seen = [in_order(*epoch(batches, number)) for number in range(4)]
+    mirrored = [(picture != normal).flatten(1).any(1) for picture in seen]
+    chosen = mirrored[0].view(-1, 1, 1, 1)
+    assert torch.equal(seen[0], torch.where(chosen, normal.flip(3), normal))
+    assert torch.equal(seen[1], seen[0].flip(3))
+    assert torch.equal(seen[2], seen[0]) and torch.equal(seen[3], seen[1])
+    assert mirrored[0].float().mean() == pytest.approx(share, abs=0.25)
+
+
 # Training: order and draws
 
 

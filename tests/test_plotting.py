@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -87,6 +88,11 @@ def overlap(boxes):
     return any(a.padded(-1).overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+RUNGS = pd.DataFrame({
+    "rung": ["plain", "a", "b"], "accuracies": [[50, 52], [53, 53], [54, 55]],
+    "gain": [None, 2.0, 1.5], "error": [None, 1.0, 0.5],
+})
+
 # Each function once, with good arguments: for the rules that hold for all of them.
 SINGLE = [
     partial(plotting.lr_finder_curve, [1e-3, 1e-2, 1e-1], [2.0, 1.0, 9.0], suggestion=1e-2),
@@ -95,6 +101,7 @@ SINGLE = [
     partial(plotting.accuracy_curves, HISTORY, claimed={"test": 70}),
     partial(plotting.accuracy_band, [HISTORY, HISTORY]),
     partial(plotting.compare_curves, {"own": HISTORY}, {"own": HISTORY[:2]}),
+    partial(plotting.ladder, RUNGS),
     partial(plotting.confusion_matrix, RESULTS),
     partial(plotting.per_class_accuracy, RESULTS),
     partial(plotting.calibration, RESULTS),
@@ -347,6 +354,16 @@ def test_accuracy_band_is_mean_and_range_of_the_runs():
     band = set(map(tuple, ax.collections[0].get_paths()[0].vertices))
     assert {(1.0, 45.0), (1.0, 47.0), (3.0, 82.25), (3.0, 84.25)} <= band
     assert "2 runs" in ax.get_ylabel()
+
+
+def test_ladder_goes_down_and_tells_each_gain():
+    ax = plotting.ladder(RUNGS)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "a", "b"]
+    assert [text.get_text() for text in ax.texts] == ["+2.00 ± 1.00", "+1.50 ± 0.50"]
+    *dots, means = ax.lines
+    assert [list(line.get_xdata()) for line in dots] == [[50, 52], [53, 53], [54, 55]]
+    assert list(means.get_xdata()) == [51, 53, 54.5] and list(means.get_ydata()) == [0, 1, 2]
+    assert ax.yaxis_inverted()
 
 
 def test_compare_curves_draws_sources_in_the_colour_of_their_recipe_and_runs_of_any_length():

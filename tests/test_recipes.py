@@ -170,6 +170,7 @@ def test_peak_at_or_past_the_end(epochs):
 
 @pytest.mark.parametrize("settings, word", [
     ({"per_image": True, "sizes": (16, 32)}, "leave out sizes or per_image"),
+    ({"per_image": True, "alternating_flip": True}, "leave out alternating_flip or per_image"),
     ({"logit_scale": 0.5}, "logit_scale needs optimizer sgd"),
 ])
 def test_settings_that_do_not_go_together(settings, word):

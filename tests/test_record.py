@@ -256,12 +256,16 @@ def test_tuning_keeps_trials_on_held_out_images(copy):
     for out, change in (("same", []), ("other", ["--cutout", "4", "--sizes", "8", "16"])):
         train.main(["s10", "--data", "colours", *SHORT, *ON_CPU, "--validate", *change,
                     "--out", out])
-    record.main(["s10", "--tuning", "same", "other", "--to", "s10"])
+    how = ["--data", "colours", "--device", "cpu", "--to", "s10"]
+    record.main(["s10", "--tuning", "same", "other", *how])
     first, second = files.read_table(copy / "s10" / "tuning.csv").to_dict("records")
     assert first["changed"] == "batch_size=8; cutout=2"
     assert second["changed"] == "batch_size=8; cutout=4; sizes=[8, 16]"
     (history,) = read_history(copy / "other")
     assert second["validation_acc"] == history["test_acc"]
+    model = load_weights(copy / "other" / "weights.safetensors")
+    held_out = data.hold_out(data.load("colours"))
+    assert second["validation_acc_flip"] == run.test_results(model, held_out)[1].accuracy
     row = tables.tuning("s10", copy).splitlines()[3]
     assert row == (
         "| `batch_size=8`, `cutout=4`, `sizes=[8, 16]` | the folder colours | 1 | "

@@ -50,6 +50,32 @@ def test_tuning(tmp_path):
     ]
 
 
+def write_ladder(folder):
+    """Three rungs of two seeds, and what a test-time flip adds."""
+    trials = [
+        {"changed": changed, "seed": seed, "validation_acc": plain, "validation_acc_flip": flipped}
+        for changed, seed, plain, flipped in [
+            ("a=1; b=2", 1, 51, 0), ("a=1; b=2", 0, 50, 0), ("b=2", 0, 53, 0), ("b=2", 1, 55, 0),
+            ("", 0, 52, 54), ("", 1, 55, 57.5),
+        ]
+    ]
+    files.save_table(trials, folder / "s10_best" / "tuning.csv")
+    names = [{"rung": name} for name in ("plain", "a", "b", "flip")]
+    files.save_table(names, folder / "s10_best" / "rungs.csv")
+
+
+def test_ladder_compares_each_rung_with_the_one_before_seed_by_seed(tmp_path):
+    write_ladder(tmp_path)
+    assert tables.ladder(folder=tmp_path).splitlines() == [
+        "| rung | validation | gain |  |",
+        "| --- | --- | --- | --- |",
+        "| plain | 50.50 | – | – |",
+        "| + a | 54.00 | +3.50 ± 0.50 | helps |",
+        "| + b | 53.50 | -0.50 ± 0.50 | undecided |",
+        "| + flip | 55.75 | +2.25 ± 0.25 | helps |",
+    ]
+
+
 def history(*accuracies):
     return [
         {"epoch": epoch, "lr": 0.01, "train_loss": 1, "train_acc": 50, "test_loss": 2,
@@ -105,6 +131,8 @@ def test_tables_replace_the_old_ones_alone(tmp_path, monkeypatch):
              "images/s10/README.md": {"third": lambda: "| c |\n"}}
     monkeypatch.setattr(tables, "PAGES", pages)
     monkeypatch.setattr(tables, "accuracy_by_epoch", lambda: plt.figure().gca())
+    monkeypatch.setattr(tables, "rungs", lambda: None)
+    monkeypatch.setattr(tables.plotting, "ladder", lambda rungs: plt.figure().gca())
     place = "# Ä\n<!-- {0}: python -m utils.maintenance.tables -->\n{1}<!-- end of {0} -->\nrest\n"
     for page, contents in pages.items():
         (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +148,8 @@ def test_tables_replace_the_old_ones_alone(tmp_path, monkeypatch):
 def test_the_picture_is_drawn_with_the_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "PAGES", {})
     tables.write(tmp_path)
-    assert (tmp_path / "images" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("accuracy.png", "s10_best/ladder.png"):
+        assert (tmp_path / "images" / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("text", [

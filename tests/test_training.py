@@ -187,6 +187,40 @@ def test_a_run_that_was_cut_off_in_mid_epoch_ends_as_one_that_was_not(
     assert [row["epoch"] for row in again] == [1, 2]
 
 
+def test_averaged_weights_are_the_running_average_of_all_steps(small_network, monkeypatch):
+    """The statistics too, and evaluation is theirs."""
+    steps, step = [], training.training_step
+
+    def training_step(model, *args, **how):
+        answer = step(model, *args, **how)
+        steps.append({k: v.clone() for k, v in model.state_dict().items()})
+        return answer
+
+    monkeypatch.setattr(training, "training_step", training_step)
+    model, history = train(recipe=TINY.replace(averaging=0.75))
+    average = steps[0]
+    for state in steps[1:]:
+        average = {k: 0.75 * average[k] + 0.25 * state[k] for k in state if "num" not in k}
+    assert len(steps) == 9
+    for name, values in average.items():
+        torch.testing.assert_close(model.state_dict()[name], values)
+    results = training.predict(model, evaluation_batches(tiny_images(), device=CPU))
+    assert history[2]["test_loss"] == results.loss
+
+
+@pytest.mark.parametrize("steps", [4, 9])  # of nine: in the second epoch, and after the last
+def test_a_resumed_run_ends_with_the_averaged_weights(steps, tmp_path, small_network):
+    recipe = TINY.replace(averaging=0.75, alternating_flip=True, optimizer="sgd", bias_factor=8)
+    whole, history = train(tmp_path / "whole.pt", recipe=recipe)
+    if steps < 9:
+        with cut_off_after(steps):
+            train(tmp_path / "cut.pt", recipe=recipe)
+    path = tmp_path / ("cut.pt" if steps < 9 else "whole.pt")
+    resumed, again = train(path, recipe=recipe, resume=True)
+    assert_same_state(resumed, whole)
+    assert without_times(again) == without_times(history)
+
+
 def test_each_epoch_has_an_order_of_its_own(small_network, monkeypatch):
     seen, step = [], training.training_step
 

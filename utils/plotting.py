@@ -265,6 +265,28 @@ def compare_curves(histories, published=(), *, ax=None):
     return ax
 
 
+def ladder(rungs, *, ax=None):
+    """Plots the accuracies of each rung, from the top down, and what it gained as a number.
+
+    `rungs`: a DataFrame with `rung`, its name, `accuracies`, a list in percent, and `gain` and
+    `error`, the mean difference to the rung before and its standard error.
+    """
+    ax = _single(ax, (7.2, 0.7 + 0.36 * len(rungs)))
+    for y, row in enumerate(rungs.itertuples()):
+        ax.plot(row.accuracies, [y] * len(row.accuracies), "o", color=GREY, markersize=3)
+        if y:
+            ax.annotate(
+                f"{row.gain:+.2f} ± {row.error:.2f}", (1.02, y), va="center", annotation_clip=False,
+                xycoords=ax.get_yaxis_transform(),
+            )
+    ax.plot([np.mean(values) for values in rungs["accuracies"]], range(len(rungs)), "D-")
+    ax.set_yticks(range(len(rungs)), labels=rungs["rung"])
+    ax.invert_yaxis()
+    ax.grid(axis="x")
+    ax.set_xlabel("accuracy on held-out images, %")
+    return ax
+
+
 def confusion_matrix(results, *, vmax=None, ax=None):
     """Draws the confusion matrix of a `Results`: the counts as numbers, the errors as colour.
 

@@ -237,9 +237,9 @@ _RECIPES = [
         dirac=True,
         whiten=True,
     ),
-    # As far as this network goes in 24 epochs: what images/s10_best/README.md measured rung by rung.
-    # Most is from Page, "How to train your ResNet" (2018-2019), part 8; alternating flip and
-    # initialisation by dirac from Jordan, "94% on CIFAR-10 in 3.29 Seconds" (2024).
+    # As far as this network goes in 24 epochs, rung by rung in images/s10_best/README.md. Most is
+    # from Page, "How to train your ResNet" (2018-2019), part 8; alternating flip and initialisation
+    # by dirac from Jordan, "94% on CIFAR-10 in 3.29 Seconds" (2024).
     Recipe(
         name="s10_best",
         optimizer="sgd",

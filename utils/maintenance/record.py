@@ -43,11 +43,12 @@ def main(arguments=None):
         if bool(args.runs) == bool(args.tuning):
             raise InputError("give either --from DIR … or --tuning DIR …")
         folder = args.to or tables.IMAGES / args.recipe
+        device, images = devices.pick_device(args.device), data.load(args.data)
         if args.tuning:
-            trials = [trial(args.recipe, out) for out in args.tuning]
+            images = data.hold_out(images)
+            trials = [trial(args.recipe, Path(out), images, device) for out in args.tuning]
             files.save_table(trials, folder / "tuning.csv")
         else:
-            device, images = devices.pick_device(args.device), data.load(args.data)
             keep(args.recipe, args.runs, images, folder, weights=args.weights, device=device)
         print(f"recorded in {folder}")
         if not args.to:
@@ -129,8 +130,11 @@ def check(name, runs, images):
             raise InputError(f"{out} holds a run on other data than {images.name}; name its --data")
 
 
-def row(settings, metrics, out, images, device):
-    """A run's line of runs.csv, a dict."""
+def evaluated(metrics, out, images, device):
+    """A run's weights on the test images, plainly and with test-time flip: two `Results`.
+
+    Raises InputError where they do not have the accuracy that was noted.
+    """
     model = load_weights(out / "weights.safetensors").to(device)
     dtypes = {devices.dtype_name(dtype): dtype for dtype in (None, devices.amp_dtype(device))}
     dtype = dtypes.get(metrics["precision"])  # float32 where the device would have to emulate it
@@ -141,10 +145,16 @@ def row(settings, metrics, out, images, device):
             f"{out} notes a test accuracy of {last['test_acc']:.2f}, its weights have "
             f"{plain.accuracy:.2f}; train it again"
         )
+    return plain, flipped
+
+
+def row(settings, metrics, out, images, device):
+    """A run's line of runs.csv, a dict."""
+    plain, flipped = evaluated(metrics, out, images, device)
+    last = metrics["last_epoch"]
     return {"recipe": settings.name} | common(settings, metrics) | {
         "train_loss": last["train_loss"], "test_acc": last["test_acc"],
         "test_loss": last["test_loss"], "test_acc_flip": flipped.accuracy, **metrics["versions"],
-        "commit": metrics.get("commit", ""),  # older runs don't tell
         "data": metrics["data"]["fingerprint"],
     }
 
@@ -155,20 +165,24 @@ def common(settings, metrics):
         "changed": changed(settings), "seed": metrics["seed"], "epochs": settings.epochs,
         "train_acc": metrics["last_epoch"]["train_acc"], "seconds": metrics["training_seconds"],
         "device": metrics["device"], "precision": metrics["precision"],
+        "commit": metrics.get("commit", ""),  # older runs don't tell
     }
 
 
-def trial(name, out):
+def trial(name, out, images, device):
     """A line of tuning.csv, a dict, for a run by `utils.train --validate`.
 
-    Raises InputError for a run that was tested on the test images: they choose nothing.
+    `images`: the `ImageData` with the images that judge it as test images. Raises InputError for a
+    run that was tested on the test images themselves: they choose nothing.
     """
     settings, metrics = recipe_of(out)
     if not metrics["data"]["name"].endswith(data.HELD_OUT):
         raise InputError(f"{out} was tested on the test images; train it with --validate")
+    _, flipped = evaluated(metrics, out, images, device)
     return common(settings.replace(name=name), metrics) | {
         "data": metrics["data"]["name"].removesuffix(data.HELD_OUT),
         "validation_acc": metrics["last_epoch"]["test_acc"],
+        "validation_acc_flip": flipped.accuracy,
     }
 
 

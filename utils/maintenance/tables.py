@@ -3,6 +3,7 @@
 `python -m utils.maintenance.tables` brings them up to date.
 """
 
+import itertools
 from pathlib import Path
 
 import pandas as pd
@@ -71,6 +72,41 @@ def tuning(name, folder=IMAGES):
     ])
 
 
+def rungs(name="s10_best", folder=IMAGES):
+    """The ladder of trials in tuning.csv: a DataFrame with a row for each rung, in their order.
+
+    A rung is the trials with the same settings, one of each seed, and the last one those of the
+    rung before with test-time flip. `rung` is what rungs.csv calls it, `accuracies` a list by seed
+    in percent, `gain` the mean difference to the rung before, seed by seed, and `error` its
+    standard error.
+    """
+    trials = files.read_table(Path(folder, name, "tuning.csv")).groupby("changed", sort=False)
+    by_rung = [runs.sort_values("seed")["validation_acc"].to_numpy() for _, runs in trials]
+    *_, (_, last) = trials
+    by_rung.append(last.sort_values("seed")["validation_acc_flip"].to_numpy())
+    titles = files.read_table(Path(folder, name, "rungs.csv"))
+    gains = [accuracies - before for before, accuracies in itertools.pairwise(by_rung)]
+    return titles.assign(
+        accuracies=by_rung,
+        gain=[None, *(gain.mean() for gain in gains)],
+        error=[None, *(gain.std(ddof=1) / len(gain) ** 0.5 for gain in gains)],
+    )
+
+
+def ladder(name="s10_best", folder=IMAGES):
+    """What each rung brought; "undecided" where that is less than two standard errors."""
+    table = rungs(name, folder)
+    rows = [[table["rung"][0], f"{table['accuracies'][0].mean():.2f}", "–", "–"]]
+    for row in table[1:].itertuples():
+        verdict = "helps" if row.gain > 0 else "harms"
+        verdict = verdict if abs(row.gain) >= 2 * row.error else "undecided"
+        rows.append([
+            f"+ {row.rung}", f"{row.accuracies.mean():.2f}", f"{row.gain:+.2f} ± {row.error:.2f}",
+            verdict,
+        ])
+    return markdown(["rung", "validation", "gain", ""], rows)
+
+
 def log(name, folder=IMAGES):
     """The log of a recorded run of the recipe `name`, the first by name."""
     path = min(Path(folder, name).glob("history_seed*.csv"))
@@ -108,6 +144,7 @@ def accuracy_by_epoch(folder=IMAGES):
 PAGES = {
     "README.md": {"results": results, "log of s12": lambda: log("s12")},
     "images/s10/README.md": {"tuning of s10": lambda: tuning("s10")},
+    "images/s10_best/README.md": {"ladder": ladder},
     "images/s10_cpu/README.md": {"tuning of s10_cpu": lambda: tuning("s10_cpu")},
     "images/benchmark/README.md": {"speeds": speeds},
 }
@@ -135,6 +172,7 @@ def write(root=ROOT):
         text = Path(root, page).read_text(encoding="utf-8")
         files.save_text(with_tables(text, tables), Path(root, page))
     files.save_figure(accuracy_by_epoch().figure, Path(root, "images", "accuracy.png"))
+    files.save_figure(plotting.ladder(rungs()).figure, Path(root, "images/s10_best/ladder.png"))
 
 
 if __name__ == "__main__":
