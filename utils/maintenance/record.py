@@ -155,6 +155,7 @@ def row(settings, metrics, out, images, device):
     return {"recipe": settings.name} | common(settings, metrics) | {
         "train_loss": last["train_loss"], "test_acc": last["test_acc"],
         "test_loss": last["test_loss"], "test_acc_flip": flipped.accuracy, **metrics["versions"],
+        "commit": metrics.get("commit", ""),  # older runs don't tell
         "data": metrics["data"]["fingerprint"],
     }
 
@@ -165,7 +166,6 @@ def common(settings, metrics):
         "changed": changed(settings), "seed": metrics["seed"], "epochs": settings.epochs,
         "train_acc": metrics["last_epoch"]["train_acc"], "seconds": metrics["training_seconds"],
         "device": metrics["device"], "precision": metrics["precision"],
-        "commit": metrics.get("commit", ""),  # older runs don't tell
     }
 
 
@@ -182,7 +182,7 @@ def trial(name, out, images, device):
     return common(settings.replace(name=name), metrics) | {
         "data": metrics["data"]["name"].removesuffix(data.HELD_OUT),
         "validation_acc": metrics["last_epoch"]["test_acc"],
-        "validation_acc_flip": flipped.accuracy,
+        "validation_acc_flip": flipped.accuracy, "commit": metrics.get("commit", ""),
     }
 
 
