@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from utils import InputError, files, training
@@ -204,7 +205,8 @@ def make_trainer(
         ModelCheckpoint(filename=Path(CHECKPOINT).stem, **keep),
     ]
     if recipe.averaging:
-        callbacks.append(EMAWeightAveraging(decay=recipe.averaging))
+        average = get_ema_multi_avg_fn(recipe.averaging)  # EMAWeightAveraging's rounds otherwise
+        callbacks.append(WeightAveraging(multi_avg_fn=average))
     if validation:
         callbacks.append(ModelCheckpoint(
             filename="best", monitor="val_acc", mode="max", save_weights_only=True, **keep
