@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from conftest import (
     CPU,
     ON_CPU,
+    CutOffError,
     Small,
     assert_same_state,
     read_history,
@@ -270,6 +271,27 @@ train.main(sys.argv[1:])
     train.main([*command, "--resume"])  # nothing is left to do
     assert (killed / "last.ckpt").read_bytes() == finished
     assert without_times(read_history(killed)) == whole
+
+
+def test_resumed_run_ends_with_the_averaged_weights(small_network, tmp_path, monkeypatch):
+    """Cut off in its second epoch, and resumed once more when it was finished."""
+    settings = recipe("s10").scaled(epochs=3, batch_size=16).replace(cutout=2, averaging=0.75)
+    whole, _ = run.train_plain(settings, tiny_images(), device=CPU)
+
+    def cut_off(module, batch, batch_idx):
+        if (module.current_epoch, batch_idx) == (1, 1):
+            raise CutOffError
+        return step(module, batch, batch_idx)
+
+    step, how = lightning_loop.Classifier.training_step, {"device": CPU, "out": tmp_path}
+    monkeypatch.setattr(lightning_loop.Classifier, "training_step", cut_off)
+    with pytest.raises(CutOffError):
+        run.train_lightning(settings, tiny_images(), **how)
+    monkeypatch.setattr(lightning_loop.Classifier, "training_step", step)
+    for _ in range(2):
+        resumed, history = run.train_lightning(settings, tiny_images(), resume=True, **how)
+        assert_same_state(resumed, whole)
+        assert [row["epoch"] for row in history] == [1, 2, 3]
 
 
 def test_interrupted_run_says_how_to_go_on(folder, small_network, tmp_path, monkeypatch):

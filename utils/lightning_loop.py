@@ -247,13 +247,16 @@ def fit_trainer(trainer, module, datamodule, *, resume=False):
     """
     table = next(callback for callback in trainer.callbacks if isinstance(callback, EpochTable))
     checkpoint = Path(trainer.checkpoint_callback.dirpath) / CHECKPOINT
-    checkpoint = checkpoint if resume and checkpoint.exists() else None
-    if checkpoint:
-        files.read_checkpoint(checkpoint, module.identity)
+    begun = checkpoint if resume and checkpoint.exists() else None
+    if begun:
+        files.read_checkpoint(begun, module.identity)
     try:
-        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, datamodule, ckpt_path=begun, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from None
+    if module.recipe.averaging and trainer.is_global_zero:
+        # where nothing was left to do Lightning does not put the average into the module
+        module.load_state_dict(files.read_checkpoint(checkpoint)["state_dict"])
     return table.history
 
 
