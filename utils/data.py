@@ -125,8 +125,8 @@ def load(source="cifar10", *, root="data", train=True):
 def builtin_sample():
     """Ten classes of drawn shapes and textures, made from a seed: for tests and first steps."""
     name = "the built-in sample of drawn shapes (not CIFAR-10)"
-    schedule = {"epochs": sample.EPOCHS, "batch_size": sample.BATCH_SIZE}
-    return ImageData(name, sample.CLASSES, *sample.draw_sample(), **schedule)
+    images = sample.draw_sample()
+    return ImageData(name, sample.CLASSES, *images, sample.EPOCHS, sample.BATCH_SIZE)
 
 
 def cifar10(root="data"):
