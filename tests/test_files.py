@@ -202,22 +202,6 @@ def test_same_weights_same_bytes(tmp_path):
     assert load_file(tmp_path / "0").keys() == network().state_dict().keys()
 
 
-def test_half_precision_is_of_floating_tensors_alone(tmp_path):
-    files.save_weights(network(), tmp_path / "half", dtype=torch.float16)
-    for name, tensor in load_file(tmp_path / "half").items():
-        original = network().state_dict()[name]
-        expected = original.half() if original.is_floating_point() else original
-        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
-
-
-def test_weights_too_large_for_half_precision_are_not_written(tmp_path):
-    model = nn.Linear(1, 1)
-    model.bias.data.fill_(70000)
-    with pytest.raises(InputError, match="^bias is too large for torch.float16"):
-        files.save_weights(model, tmp_path / "half", dtype=torch.float16)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("damage", [
     lambda content: content[:-1], lambda content: content[:100], lambda content: b"",
     lambda content: b"epoch,lr\n1,0.1\n",

@@ -92,10 +92,11 @@ RUNGS = pd.DataFrame({
     "rung": ["plain", "a", "b"], "accuracies": [[50, 52], [53, 53], [54, 55]],
     "gain": [None, 2.0, 1.5], "error": [None, 1.0, 0.5],
 })
+RATES = {"raw_losses": [2.0, 1.5, 8.0], "suggestion": 5e-3, "min_lr": 1e-3, "max_lr": 2e-2}
 
 # Each function once, with good arguments: for the rules that hold for all of them.
 SINGLE = [
-    partial(plotting.lr_finder_curve, [1e-3, 1e-2, 1e-1], [2.0, 1.0, 9.0], suggestion=1e-2),
+    partial(plotting.lr_finder_curve, [1e-3, 1e-2, 1e-1], [2.0, 1.0, 9.0], **RATES),
     partial(plotting.lr_schedule, [0.1, 0.5, 0.1], steps_per_epoch=2),
     partial(plotting.loss_curves, HISTORY),
     partial(plotting.accuracy_curves, HISTORY, claimed={"test": 70}),
@@ -109,7 +110,7 @@ SINGLE = [
     partial(plotting.network, NETWORK),
 ]
 GRIDS = {
-    partial(plotting.image_grid, pictures(6), columns=3): (2, 3),
+    partial(plotting.image_grid, pictures(6), "abcdef", columns=3): (2, 3),
     partial(plotting.sample_grid, pictures(6), LABELS, CLASSES, per_class=2): (3, 2),
     partial(plotting.augmentation_grid, pictures(2), pictures(6).unflatten(0, (2, 3))): (2, 4),
     partial(plotting.misclassified_grid, RESULTS, pictures(400), count=6, columns=3): (2, 3),
@@ -124,11 +125,8 @@ def test_draws_into_given_axes_and_opens_no_figure(draw):
 
 
 @pytest.mark.parametrize("draw", GRIDS, ids=lambda draw: draw.func.__name__)
-def test_grid_draws_into_given_axes(draw):
-    rows, columns = GRIDS[draw]
-    figure, axes = plt.subplots(rows, columns)
-    assert draw(axes=axes).tolist() == axes.tolist()
-    assert plt.get_fignums() == [figure.number]
+def test_grid_has_as_many_rows_and_columns(draw):
+    assert draw().shape == GRIDS[draw]
 
 
 @pytest.mark.parametrize("draw", [*SINGLE, *GRIDS], ids=lambda draw: draw.func.__name__)
@@ -249,22 +247,22 @@ def test_heat_at_full_opacity_is_the_colour_alone_and_leaves_its_arguments_alone
 # Learning rates
 
 
-def test_lr_finder_curve_draws_the_finite_losses_and_the_marks_named_above():
-    lrs, losses = [1e-3, 1e-2, 1e-1, 1.0, 2.0], [2.0, 1.0, 1.5, 900.0, float("nan")]
-    ax = plotting.lr_finder_curve(lrs, losses, suggestion=5e-3, min_lr=1e-3, max_lr=2e-2)
-    assert ax.lines[0].get_xydata().T.tolist() == [lrs[:4], losses[:4]]
-    assert [mark.get_xdata()[0] for mark in ax.lines[1:]] == [1e-3, 5e-3, 2e-2]
+def test_lr_finder_curve_draws_the_raw_losses_behind_and_the_marks_named_above():
+    lrs, losses = [1e-3, 1e-2, 1e-1], [2.0, 1.0, 1.5]
+    ax = plotting.lr_finder_curve(lrs, losses, **RATES)
+    curves = [line.get_xydata().T.tolist() for line in ax.lines[:2]]
+    assert curves == [[lrs, RATES["raw_losses"]], [lrs, losses]]
+    assert [mark.get_xdata()[0] for mark in ax.lines[2:]] == [1e-3, 5e-3, 2e-2]
     legend = ax.get_legend()
     named = [text.get_text() for text in legend.get_texts()]
-    assert named == ["smoothed", "min 0.001", "suggestion 0.005", "max 0.02"]
+    assert named == ["raw", "smoothed", "min 0.001", "suggestion 0.005", "max 0.02"]
     ax.figure.draw_without_rendering()
     assert legend.get_window_extent().y0 >= ax.bbox.y1
 
 
-def test_lr_finder_curve_draws_the_raw_losses_behind_and_cuts_the_divergence_off():
-    lrs, raw = [1e-3, 1e-2, 1e-1, 1.0], [2.5, 0.5, 1.0, 2000.0]
-    ax = plotting.lr_finder_curve(lrs, [2.0, 1.0, 1.5, 900.0], raw_losses=raw)
-    assert list(ax.lines[0].get_ydata()) == raw
+def test_lr_finder_curve_cuts_the_divergence_off():
+    rates = RATES | {"raw_losses": [2.5, 0.5, 1.0, 2000.0]}
+    ax = plotting.lr_finder_curve([1e-3, 1e-2, 1e-1, 1.0], [2.0, 1.0, 1.5, 900.0], **rates)
     assert ax.get_ylim() == pytest.approx((0.45, 2.3))
 
 
@@ -275,19 +273,6 @@ def test_lr_schedule_counts_epochs_and_names_start_peak_and_end():
     found = {text.get_text(): text.xy for text in ax.texts}
     peak, end = "peak 0.5 at epoch 1.0", "end 0.2"
     assert found == {"start 0.1": (0, 0.1), peak: (1, 0.5), end: (2.5, 0.2)}
-
-
-@pytest.mark.parametrize("logged", [{0: 0.1, 3: 0.35}, [(0, 0.1), (3, 0.35)]])
-def test_lr_schedule_draws_logged_rates_over_the_planned_ones(logged):
-    ax = plotting.lr_schedule([0.1, 0.3, 0.5, 0.4], steps_per_epoch=2, logged=logged)
-    assert ax.lines[1].get_xydata().tolist() == [[0, 0.1], [1.5, 0.35]]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["planned", "logged"]
-
-
-def test_lr_schedule_joins_labels_of_one_point():
-    ax = plotting.lr_schedule([0.5, 0.1], steps_per_epoch=1)
-    assert texts(ax) == ["start and peak 0.5", "end 0.1"]
-    assert texts(plotting.lr_schedule([0.1], steps_per_epoch=1)) == ["start and peak and end 0.1"]
 
 
 # Training curves
@@ -324,26 +309,22 @@ def test_curves_show_one_whole_tick_for_a_single_epoch():
 
 
 def test_accuracy_curves_draw_claimed_values_as_thin_lines_in_the_colour_of_the_curve():
-    ax = plotting.accuracy_curves(HISTORY, claimed={"train": 98.6, "other": 90})
+    ax = plotting.accuracy_curves(HISTORY, claimed={"train": 98.6, "test": 90})
     drawn = [(*line.get_ydata(), line.get_color()) for line in ax.lines[2:]]
-    assert drawn == [(98.6, 98.6, ax.lines[0].get_color()), (90, 90, plotting.GREY)]
-    assert texts(ax)[:2] == ["claimed train 98.60", "claimed other 90.00"]
+    train, test = (line.get_color() for line in ax.lines[:2])
+    assert drawn == [(98.6, 98.6, train), (90, 90, test)]
+    assert texts(ax)[:2] == ["claimed train 98.60", "claimed test 90.00"]
 
 
 def test_labels_of_curves_do_not_overlap_and_stand_in_the_order_of_the_values():
     last = HISTORY[-1] | {"train_acc": 93.1, "test_acc": 93.05}
     ax = plotting.accuracy_curves(
-        [*HISTORY[:-1], last], claimed={"train": 93.08, "test": 93.07, "other": 93.09}
+        [*HISTORY[:-1], last | {"val_acc": 93.09}], claimed={"train": 93.08, "test": 93.07}
     )
     boxes = extents(ax, ax.texts)
     assert not overlap(boxes)
     assert [text.xy[1] for text in ax.texts] == [93.1, 93.09, 93.08, 93.07, 93.05]
     assert [box.y0 for box in boxes] == sorted((box.y0 for box in boxes), reverse=True)
-
-
-def test_curves_leave_the_label_of_a_diverged_run_out():
-    ax = plotting.loss_curves([*HISTORY[:-1], HISTORY[-1] | {"train_loss": float("nan")}])
-    assert texts(ax) == ["test 0.750"]
 
 
 def test_accuracy_band_is_mean_and_range_of_the_runs():
@@ -386,7 +367,7 @@ def test_compare_curves_draws_sources_in_the_colour_of_their_recipe_and_runs_of_
     assert own[0].get_linewidth() < own[3].get_linewidth()
 
 
-@pytest.mark.parametrize("last, bottom", [(93.4, 40), (68.8, 30), (10, 0), (float("nan"), 0)])
+@pytest.mark.parametrize("last, bottom", [(93.4, 40), (68.8, 30), (10, 0)])
 def test_compare_curves_begins_at_half_the_lowest_last_accuracy_in_tens(last, bottom):
     ax = plotting.compare_curves({"a": [{"epoch": 1, "test_acc": last}]})
     assert ax.get_ylim() == (bottom, 100)
@@ -417,7 +398,6 @@ def test_confusion_matrix_colours_errors_by_their_share_and_leaves_the_diagonal_
     image = plotting.confusion_matrix(RESULTS).images[0]
     assert image.get_array().filled(-1).tolist() == [[-1, 8, 2], [30, -1, 0], [0.5, 0, -1]]
     assert image.get_clim() == (0, 30)
-    assert plotting.confusion_matrix(RESULTS, vmax=50).images[0].get_clim() == (0, 50)
 
 
 @pytest.mark.parametrize("right", [0, 5])
@@ -572,32 +552,3 @@ def test_network_leaves_the_model_alone():
 
 def test_network_tells_operations_in_the_order_of_the_model():
     assert columns(plotting.network(RESNET9))[2][2] == "conv 3×3, 128\nBN, ReLU\nmax-pool 2"
-
-
-# Bad input, a line each
-
-NO_ERRORS = counted([[2, 0], [0, 2]])
-
-
-@pytest.mark.parametrize("message, draw", [
-    (r"\(N, 3, H, W\), got \(3, 4, 6\)", partial(plotting.image_grid, torch.zeros(3, 4, 6))),
-    (r"in 0\.\.1, got -1\.5.*: undo", partial(plotting.image_grid, pictures(1).clamp(max=0) - 1.5)),
-    (r"in 0\.\.1, got nan\.\.nan", partial(plotting.image_grid, pictures(1) * float("nan"))),
-    ("uint8 or float, got torch.int64", partial(plotting.image_grid, pictures(1).long())),
-    ("no image is mis", partial(plotting.misclassified_grid, NO_ERRORS, pictures(4))),
-    ("a map for each", partial(plotting.heat, pictures(2), torch.ones(1, 2, 2))),
-    ("uint8 images", partial(plotting.heat, pictures(1) / 255, torch.ones(1, 2, 2))),
-    ("nowhere negative", partial(plotting.heat, pictures(1), -torch.eye(2)[None])),
-    ("nowhere negative", partial(plotting.heat, pictures(1), torch.full((1, 2, 2), torch.nan))),
-    ("equally long", partial(plotting.lr_finder_curve, [1e-3], [1.0, 2.0])),
-    ("some loss finite", partial(plotting.lr_finder_curve, [1e-3], [float("inf")])),
-    ("there must be epochs", partial(plotting.loss_curves, [])),
-    ("in each of the runs", partial(plotting.compare_curves, {"a": HISTORY, "b": []})),
-    ("in each of the runs", partial(plotting.compare_curves, {})),
-    ("the same ones in all", partial(plotting.accuracy_band, [HISTORY, HISTORY[:2]])),
-])
-def test_rejects_what_cannot_be_drawn(message, draw):
-    with pytest.raises(ValueError, match=message) as raised:
-        draw()
-    assert "\n" not in str(raised.value)
-    assert plt.get_fignums() == []

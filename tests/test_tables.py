@@ -1,9 +1,8 @@
 """The pages' tables, and the picture of all recipes, of files made by hand."""
 
 import matplotlib.pyplot as plt
-import pytest
 
-from utils import InputError, files
+from utils import files
 from utils.maintenance import tables
 
 RUN = {
@@ -150,11 +149,3 @@ def test_the_picture_is_drawn_with_the_tables(tmp_path, monkeypatch):
     tables.write(tmp_path)
     for name in ("accuracy.png", "s10_best/ladder.png"):
         assert (tmp_path / "images" / name).read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("text", [
-    "nothing", "<!-- end of results -->\n<!-- results: python -m utils.maintenance.tables -->\n",
-])
-def test_no_place_for_a_table(text):
-    with pytest.raises(InputError, match=r"page lacks the lines <!-- results"):
-        tables.with_tables(text, {"results": lambda: "| a |\n"})

@@ -7,7 +7,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -125,8 +125,8 @@ def load(source="cifar10", *, root="data", train=True):
 def builtin_sample():
     """Ten classes of drawn shapes and textures, made from a seed: for tests and first steps."""
     name = "the built-in sample of drawn shapes (not CIFAR-10)"
-    schedule = {"epochs": sample.EPOCHS, "batch_size": sample.BATCH_SIZE}
-    return ImageData(name, sample.CLASSES, *sample.draw_sample(), **schedule)
+    images = sample.draw_sample()
+    return ImageData(name, sample.CLASSES, *images, sample.EPOCHS, sample.BATCH_SIZE)
 
 
 def cifar10(root="data"):
@@ -161,24 +161,19 @@ def image_folder(path, *, train=True):
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"no folder {path}; give --data cifar10, sample or an existing folder")
-    listings = {}
-    for split in ("train", "test"):
-        try:
-            listings[split] = datasets.ImageFolder(path / split)
-        except FileNotFoundError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{path / split} must hold a folder of pictures for each class: {reason}"
-            ) from error
-    classes, others = (listings[split].classes for split in ("train", "test"))
-    if classes != others:
-        odd = sorted(set(classes) ^ set(others))
+    try:
+        listings = {split: datasets.ImageFolder(path / split) for split in ("train", "test")}
+    except FileNotFoundError as error:
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{path}: classes in only one of train/ and test/: {', '.join(odd)}; "
-            "give both the same class folders"
+            f"{path}: train/ and test/ must each hold a folder of pictures for each class: {reason}"
+        ) from error
+    classes, others = (tuple(listing.classes) for listing in listings.values())
+    if classes != others or len(classes) < 2:
+        raise InputError(
+            f"{path}: train/ and test/ must hold the same classes, at least two; train/ has "
+            f"{', '.join(classes)}; test/ has {', '.join(others)}"
         )
-    if len(classes) < 2:
-        raise InputError(f"{path / 'train'} has a single class; give at least two to tell apart")
     size = _read_picture(listings["train"].samples[0][0]).shape
     splits = []
     for split, listing in listings.items():
@@ -186,31 +181,29 @@ def image_folder(path, *, train=True):
         names = [name for name, _ in listing.samples[:count]]
         splits.append(_read_pictures(names, size, split))
         splits.append(torch.tensor(listing.targets[:count], dtype=torch.int64))
-    return ImageData(f"the folder {path.resolve().name}", tuple(classes), *splits)
+    return ImageData(f"the folder {path.resolve().name}", classes, *splits)
 
 
 def _read_pictures(names, size, split):
     """uint8 (N, 3, H, W). Threads help: decoding does not hold Python's lock."""
     images = np.empty((len(names), *size), dtype=np.uint8)
-    pool = ThreadPoolExecutor()
-    try:
-        pictures = pool.map(_read_picture, names)
+    with ThreadPoolExecutor() as pool:  # after a bad picture the others are not read
+        pictures = pool.map(partial(_read_picture, size=size), names)
         bar = progress_bar(pictures, total=len(names), desc=f"reading {split} pictures")
         for i, image in enumerate(bar):
-            if image.shape != size:
-                raise InputError(
-                    f"{names[i]} has {image.shape[1]}×{image.shape[0]} pixels, the first picture "
-                    f"{size[1]}×{size[0]}; bring all pictures to one size"
-                )
             images[i] = image
-    finally:
-        pool.shutdown(cancel_futures=True)  # after a bad picture the others need not be read
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _read_picture(name):
+def _read_picture(name, size=None):
     with _opened(name) as picture:
-        return np.asarray(picture.convert("RGB"))
+        image = np.asarray(picture.convert("RGB"))
+    if size and image.shape != size:
+        raise InputError(
+            f"{name} has {image.shape[1]}×{image.shape[0]} pixels, the first picture "
+            f"{size[1]}×{size[0]}; bring all pictures to one size"
+        )
+    return image
 
 
 @contextmanager
@@ -226,14 +219,11 @@ def _opened(name):
 def photograph(path, *, side=32):
     """A picture of any size as the network sees it, uint8 (3, side, side): its middle, resized.
 
-    Turned as the camera was held; what is transparent becomes white. Raises InputError where it
-    can't be read or is animated.
+    Turned as the camera was held; what is transparent becomes white; of an animation the first
+    picture. Raises InputError where it can't be read.
     """
     with _opened(path) as picture:
-        animated = getattr(picture, "is_animated", False)
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    if animated:
-        raise InputError(f"{path} is animated; give a single picture")
     white = Image.new("RGBA", picture.size, "white")
     whole = Image.alpha_composite(white, picture).convert("RGB")
     square = ImageOps.fit(whole, [min(whole.size)] * 2).resize((side, side))

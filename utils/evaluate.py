@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 import tyro
 
-from utils import data, devices, explain, run
-from utils.models import CustomResNet, load_weights
+from utils import data, devices, explain, files, run
+from utils.models import load_weights
 from utils.results import BINS
 from utils.train import as_command
 
@@ -20,8 +20,8 @@ class Arguments:
 
     pictures: tyro.conf.Positional[tuple[Path, ...]] = ()
     """photographs to classify; none: the test images of --data"""
-    weights: Path | None = None
-    """weights.safetensors of a run; None: those of s10 that come with the repository"""
+    weights: Path = files.IMAGES / "s10" / "weights.safetensors"
+    """weights.safetensors of a run; those of s10 come with the repository"""
     data: str = "cifar10"
     """as for utils.train"""
     device: str | None = None
@@ -35,8 +35,7 @@ def main(arguments=None):
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.evaluate")
         device = devices.pick_device(args.device)
         dtype = devices.pick_precision(args.precision, device)
-        model = load_weights(args.weights) if args.weights else CustomResNet.from_pretrained()
-        model = model.to(device)
+        model = load_weights(args.weights).to(device)
         print(f"weights  {model.metadata.get('recipe')}, seed {model.metadata.get('seed')}")
         if args.pictures:
             print("pictures their middle squares, resized to 32×32 pixels")

@@ -100,21 +100,13 @@ def restore_checkpoint(path, identity, parts, *, device):
     return saved["history"]
 
 
-def save_weights(model, path, *, metadata=None, dtype=None):
+def save_weights(model, path, *, metadata=None):
     """The model's parameters and statistics as safetensors, for `read_weights`.
 
-    `metadata`: a dict of plain values, kept in the file's header. `dtype`: what floating tensors
-    are stored in, such as torch.float16 for half the size; None leaves them as they are. The same
-    weights and metadata give the same bytes. Raises InputError where a value is too large for
-    `dtype`.
+    `metadata`: a dict of plain values, kept in the file's header. The same weights and metadata
+    give the same bytes.
     """
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if dtype and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-            if not tensor.isfinite().all():
-                raise InputError(f"{name} is too large for {dtype}; leave the weights in float32")
-        tensors[name] = tensor.contiguous()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_tensors(tensors, path, metadata)
 
 

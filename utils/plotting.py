@@ -1,8 +1,8 @@
 """All pictures of the project.
 
-A function draws into the axes it is given, or into a new figure, and returns the axes. None of
-them calls `plt.show()`. `images` are tensors (N, 3, H, W), uint8 or float in 0..1, so a normalised
-batch has to be brought back to 0..1 first. Raises ValueError where something does not fit.
+A function draws into the axes it is given, or into a new figure, and returns the axes; grids of
+pictures are always new figures. None of them calls `plt.show()`. `images` are tensors (N, 3, H, W),
+uint8 or float in 0..1, so a normalised batch has to be brought back to 0..1 first.
 """
 
 import copy
@@ -11,6 +11,7 @@ from itertools import accumulate, cycle, zip_longest
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.patches import FancyBboxPatch
@@ -60,30 +61,29 @@ def use_style():
         set_matplotlib_formats("retina")
 
 
-def image_grid(images, titles=None, *, columns=10, axes=None):
+def image_grid(images, titles, *, columns=10):
     """Shows pictures row by row, each below its title. Returns the axes (rows, columns)."""
     pixels = _pixels(images)
-    titles = [""] * len(pixels) if titles is None else titles
     columns = min(columns, len(pixels))
     lines = [title.split("\n") for title in titles]
     widest, deepest = max(len(line) for each in lines for line in each), max(map(len, lines))
     # A character of 9 points is about 0.08 inches wide, a line 0.16 inches high.
-    cell = (max(1.0, 0.08 * widest), 1.05 + 0.16 * deepest) if any(titles) else (0.7, 0.75)
-    axes = _grid(axes, math.ceil(len(pixels) / columns), columns, cell)
+    cell = max(1.0, 0.08 * widest), 1.05 + 0.16 * deepest
+    axes = _grid(math.ceil(len(pixels) / columns), columns, cell)
     for ax, picture, title in zip_longest(axes.flat, pixels, titles):
         _show(ax, picture)
         ax.set_title(title, fontsize=9, pad=3)
     return axes
 
 
-def sample_grid(images, labels, classes, *, per_class=8, seed=0, axes=None):
+def sample_grid(images, labels, classes, *, per_class=8, seed=0):
     """Shows a row of randomly drawn pictures for each class, its name at the left.
 
     `labels`: int64 (N,), positions in `classes`, the names. A class of fewer than `per_class`
     pictures leaves places empty. `seed` alone chooses them. Returns the axes (C, per_class).
     """
     longest = max(len(name) for name in classes)
-    axes = _grid(axes, len(classes), per_class, (0.7, 0.7), left=0.08 * longest)
+    axes = _grid(len(classes), per_class, (0.7, 0.7), left=0.08 * longest)
     generator = torch.Generator().manual_seed(seed)
     for index, name in enumerate(classes):
         members = (labels.cpu() == index).nonzero().flatten()
@@ -94,12 +94,12 @@ def sample_grid(images, labels, classes, *, per_class=8, seed=0, axes=None):
     return axes
 
 
-def augmentation_grid(originals, augmented, *, axes=None):
+def augmentation_grid(originals, augmented):
     """Shows each picture, framed, beside several random draws of its augmentation.
 
     `originals` (R, 3, H, W) and `augmented` (R, C, 3, H, W). Returns the axes (R, C + 1).
     """
-    axes = _grid(axes, len(augmented), augmented.shape[1] + 1, (0.85, 0.9))
+    axes = _grid(len(augmented), augmented.shape[1] + 1, (0.85, 0.9))
     for row, original, draws in zip(axes, _pixels(originals), augmented, strict=True):
         for ax, picture in zip(row, [original, *_pixels(draws)], strict=True):
             _show(ax, picture)
@@ -110,21 +110,19 @@ def augmentation_grid(originals, augmented, *, axes=None):
     return axes
 
 
-def misclassified_grid(results, images, *, count=10, columns=5, axes=None):
+def misclassified_grid(results, images, *, count=10, columns=5):
     """Shows wrongly classified pictures: the true class, the predicted one and its probability.
 
     `results`: a `Results` of `images`, uint8 (N, 3, H, W), of which it chooses at most `count`.
-    Returns the axes (rows, columns). Raises ValueError where nothing is misclassified.
+    There must be one. Returns the axes (rows, columns).
     """
     wrong = results.misclassified(count)
-    if len(wrong) == 0:
-        raise ValueError("no image is misclassified")
     titles = [
         f"{results.classes[results.labels[i]]}\n"
         f"→ {results.classes[results.predictions[i]]} {100 * results.confidences[i]:.0f} %"
         for i in wrong.tolist()
     ]
-    return image_grid(images[wrong], titles, columns=columns, axes=axes)
+    return image_grid(images[wrong], titles, columns=columns)
 
 
 def heat(images, maps, *, opacity=0.5):
@@ -134,8 +132,6 @@ def heat(images, maps, *, opacity=0.5):
     maximum and enlarged bilinearly. The colour is the more opaque the larger the value, up to
     `opacity`, and a map of zeros leaves its picture as it is.
     """
-    if images.dtype != torch.uint8 or len(maps) != len(images) or not (maps >= 0).all():
-        raise ValueError("there must be uint8 images and a map for each, nowhere negative")
     maps = maps.detach().float().cpu()
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo().tiny)
     maps = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")
@@ -143,67 +139,51 @@ def heat(images, maps, *, opacity=0.5):
     return torch.lerp(images.cpu().double(), colours, opacity * maps.double()).round().byte()
 
 
-def lr_finder_curve(
-    lrs, losses, *, raw_losses=None, suggestion=None, min_lr=None, max_lr=None, ax=None
-):
+def lr_finder_curve(lrs, losses, *, raw_losses, suggestion, min_lr, max_lr, ax=None):
     """Plots the loss of a learning-rate range test and the rates chosen from it.
 
-    `losses`, smoothed, and `raw_losses` are those at each of `lrs`; losses that are not finite are
-    left out. `suggestion`: where the loss falls fastest. `min_lr` and `max_lr`: where the schedule
-    will start and peak. The loss axis ends shortly above what the loss was before its minimum, so
-    that the divergence at the right runs out of the picture.
+    `losses`, smoothed, and `raw_losses` are those at each of `lrs`. `suggestion`: where the loss
+    falls fastest. `min_lr` and `max_lr`: where the schedule will start and peak. The loss axis ends
+    shortly above what the loss was before its minimum, so that the divergence at the right runs
+    out of the picture.
     """
-    lrs, losses = np.asarray(lrs, dtype=float), np.asarray(losses, dtype=float)
-    finite = np.isfinite(losses)
-    if lrs.shape != losses.shape or not finite.any():
-        raise ValueError("lrs and losses must be equally long, and some loss finite")
     ax = _single(ax, (6.6, 3.6))
-    if raw_losses is not None:
-        ax.plot(lrs, raw_losses, color="#BBBBBB", linestyle="-", linewidth=0.8, label="raw")
-    lrs, losses = lrs[finite], losses[finite]
+    ax.plot(lrs, raw_losses, color="#BBBBBB", linestyle="-", linewidth=0.8, label="raw")
     ax.plot(lrs, losses, color="black", linestyle="-", label="smoothed")
+    losses = np.asarray(losses)
     lowest, before = losses.min(), losses[: losses.argmin() + 1].max()
-    span = max(before - lowest, 0.1 * abs(lowest), 1e-6)
+    span = max(before - lowest, 0.1 * lowest)
     ax.set_ylim(ax.dataLim.y0 - 0.05 * span, before + 0.3 * span)
     for value, name, colour, style in (
         (min_lr, "min", GREEN, ":"),
         (suggestion, "suggestion", BLUE, "--"),
         (max_lr, "max", VERMILION, "-."),
     ):
-        if value is not None:
-            ax.axvline(value, color=colour, linestyle=style, label=f"{name} {value:.3g}")
+        ax.axvline(value, color=colour, linestyle=style, label=f"{name} {value:.3g}")
     ax.set(xscale="log", xlabel="learning rate (log scale)", ylabel="loss")
     _legend_above(ax, 3)
     return ax
 
 
-def lr_schedule(lrs, *, steps_per_epoch, logged=None, ax=None):
-    """Plots the learning rate of each optimizer step over epochs and names start, peak and end.
-
-    `logged`: {step: rate} or [(step, rate), …], from step 0, drawn over the planned ones.
-    """
-    lrs = np.asarray(lrs, dtype=float)
-    epochs, last, peak = np.arange(len(lrs)) / steps_per_epoch, len(lrs) - 1, int(lrs.argmax())
+def lr_schedule(lrs, *, steps_per_epoch, ax=None):
+    """Plots the learning rate of each optimizer step over epochs and names start, peak and end."""
+    lrs = np.asarray(lrs)
+    epochs, last, peak = np.arange(len(lrs)) / steps_per_epoch, len(lrs) - 1, lrs.argmax()
 
     ax = _single(ax, (6.0, 3.4))
     ax.plot(epochs, lrs, color=BLUE, linestyle="-", label="planned")
-    if logged is not None:
-        steps, rates = zip(*dict(logged).items(), strict=True)
-        ax.plot(np.divide(steps, steps_per_epoch), rates, ":", color="black", label="logged")
-        _legend_above(ax)
     ax.set(xlabel="epoch", ylabel="learning rate")
     ax.margins(y=0.16)
     ax.grid(axis="y")
-    steps = {"start": 0, "peak": peak, "end": last}
-    for step in sorted(set(steps.values())):
-        text = " and ".join(name for name in steps if steps[name] == step) + f" {lrs[step]:.3g}"
-        if 0 < step < last:
-            text += f" at epoch {epochs[step]:.1f}"
+    for step, text, side, above in (
+        (0, f"start {lrs[0]:.3g}", "left", False),
+        (peak, f"peak {lrs[peak]:.3g} at epoch {epochs[peak]:.1f}", "center", True),
+        (last, f"end {lrs[last]:.3g}", "right", False),
+    ):
         ax.plot(epochs[step], lrs[step], color=VERMILION, marker="o")
         ax.annotate(
-            text, (epochs[step], lrs[step]), xytext=(0, 6 if step == peak else -6),
-            textcoords="offset points", va="bottom" if step == peak else "top",
-            ha="left" if step <= 0.15 * last else "right" if step > 0.85 * last else "center",
+            text, (epochs[step], lrs[step]), xytext=(0, 6 if above else -6), ha=side,
+            textcoords="offset points", va="bottom" if above else "top",
         )
     return ax
 
@@ -221,8 +201,8 @@ def accuracy_curves(history, *, claimed=None, ax=None):
     """Plots the accuracy of each epoch, the last ones as numbers.
 
     `history`: a dict for each epoch with `epoch`, `train_acc`, `test_acc` and perhaps `val_acc`, in
-    percent. `claimed`: accuracies to compare with, by name, drawn as thin lines; "train" and
-    "test" take the colour of the curve.
+    percent. `claimed`: {"train" or "test": accuracy to compare with}, drawn as thin lines in the
+    colour of the curve.
     """
     return _epoch_curves([history], "acc", ax, "accuracy, %", claimed=claimed or {})
 
@@ -246,8 +226,6 @@ def compare_curves(histories, published=(), *, ax=None):
     """
     curves = [(f"{name}, source", name, rows) for name, rows in dict(published).items()]
     curves += [(name, name, rows) for name, rows in histories.items()]
-    if not curves or not all(rows for *_, rows in curves):
-        raise ValueError("there must be epochs to draw, in each of the runs")
     ax = _single(ax, (8.0, 4.4))
     styles = dict(zip(histories, cycle(zip(COLOURS, "os^DvP", strict=True))))
     end, labels = max(rows[-1]["epoch"] for *_, rows in curves), []
@@ -259,8 +237,7 @@ def compare_curves(histories, published=(), *, ax=None):
         ax.plot(epochs, accuracies, marker + line, color=colour, linewidth=width, markersize=3.5)
         ax.plot([epochs[-1], end], [last] * 2, ":", color=colour, linewidth=0.9)
         labels.append((last, f"{label} {last:.2f}", colour))
-    lowest = min((last for last, *_ in labels if np.isfinite(last)), default=0)
-    ax.set_ylim(lowest // 20 * 10, 100)
+    ax.set_ylim(min(labels)[0] // 20 * 10, 100)
     _finish_epochs(ax, 1, end, "test accuracy, %", labels)
     return ax
 
@@ -287,12 +264,11 @@ def ladder(rungs, *, ax=None):
     return ax
 
 
-def confusion_matrix(results, *, vmax=None, ax=None):
+def confusion_matrix(results, *, ax=None):
     """Draws the confusion matrix of a `Results`: the counts as numbers, the errors as colour.
 
-    The colour is the share of the true class, in percent; `vmax`: that of the darkest one, where
-    several matrices are to be compared. The diagonal stays grey: its counts are so much larger
-    that they would hide the errors. Numbers that could not be read are left out.
+    The colour is the share of the true class, in percent. The diagonal stays grey: its counts are
+    so much larger that they would hide the errors. Numbers that could not be read are left out.
     """
     counts, number = results.confusion.numpy(), len(results.classes)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -301,7 +277,7 @@ def confusion_matrix(results, *, vmax=None, ax=None):
     side = min(3.0 + 0.42 * number, 12.0)
     ax = _single(ax, (side, 0.9 * side))
     # The square root lifts the many small shares off white.
-    norm = PowerNorm(0.5, vmin=0, vmax=vmax or errors.max() or 1)
+    norm = PowerNorm(0.5, vmin=0, vmax=errors.max() or 1)
     colours = plt.get_cmap("Blues").with_extremes(bad="#E0E0E0")
     image = ax.imshow(errors, cmap=colours, norm=norm, interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="share of the true class, %", shrink=0.7)
@@ -327,19 +303,18 @@ def confusion_matrix(results, *, vmax=None, ax=None):
 
 def per_class_accuracy(results, *, ax=None):
     """Draws the accuracy of each class of a `Results` as a bar, the best on top, and their mean."""
-    ranked = sorted(results.per_class.items(), key=lambda item: item[1])
-    accuracies = [accuracy for _, accuracy in ranked]
-    mean = np.mean(accuracies)
+    accuracies = pd.Series(results.per_class).sort_values(kind="stable")
+    mean = accuracies.mean()
 
-    ax = _single(ax, (5.6, 1.0 + 0.24 * len(ranked)))
-    ax.barh([name for name, _ in ranked], accuracies, color=SKY, height=0.75)
+    ax = _single(ax, (5.6, 1.0 + 0.24 * len(accuracies)))
+    ax.barh(accuracies.index, accuracies, color=SKY, height=0.75)
     for row, accuracy in enumerate(accuracies):  # a short bar's number runs out of it
         ax.text(max(accuracy, 12) - 1, row, f"{accuracy:.1f} %", ha="right", va="center_baseline")
     ax.tick_params(axis="y", length=0)
     ax.axvline(mean, color=VERMILION, linestyle="-", zorder=0.5)  # behind bars and numbers
     ax.text(mean, 1.0, f"mean {mean:.2f} %", transform=ax.get_xaxis_transform(),
             color=VERMILION, ha="center", va="bottom")
-    ax.set(xlim=(0, 100), ylim=(-0.6, len(ranked) - 0.4), xlabel="accuracy, %")
+    ax.set(xlim=(0, 100), ylim=(-0.6, len(accuracies) - 0.4), xlabel="accuracy, %")
     return ax
 
 
@@ -462,36 +437,20 @@ def _stages(model, size):
 
 def _pixels(images):
     """Turns (N, 3, H, W) into the array (N, H, W, 3) that matplotlib shows."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
-    images = images.detach().cpu()
-    if images.is_floating_point():
-        # Undoing a normalisation leaves rounding errors; anything larger is a mistake.
-        if images.numel() and not -1e-3 <= images.min() <= images.max() <= 1 + 1e-3:
-            raise ValueError(
-                f"float images must lie in 0..1, got {images.min():.2f}..{images.max():.2f}: "
-                "undo the normalisation first"
-            )
-        images = images.float().clamp(0, 1)
-    elif images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8 or float, got {images.dtype}")
-    return images.permute(0, 2, 3, 1).numpy()
+    return images.detach().cpu().permute(0, 2, 3, 1).numpy()
 
 
 def _single(ax, size):
     if ax is None:
         _, ax = plt.subplots(figsize=size, layout="constrained")
-    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _grid(axes, rows, columns, cell, *, left=0.0):
-    """Axes (rows, columns): the given ones, or new ones of `cell` inches each.
+def _grid(rows, columns, cell, *, left=0.0):
+    """New axes (rows, columns) of `cell` inches each.
 
     `left`: inches for labels at the left of the rows.
     """
-    if axes is not None:
-        return np.asarray(axes).reshape(rows, columns)
     figure, axes = plt.subplots(
         rows, columns, squeeze=False, layout="constrained",
         figsize=(max(left + cell[0] * columns, 2.0), max(cell[1] * rows, 1.2)),
@@ -514,14 +473,12 @@ def _legend_above(ax, columns=4):
 
 def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=(), smoothed=False):
     """Plots a quantity by epoch: the runs' mean and range, and thin lines for what was claimed."""
-    if len({tuple(row["epoch"] for row in run) for run in runs}) != 1 or not runs[0]:
-        raise ValueError("there must be epochs to draw, the same ones in all runs")
-    ax = _single(ax, (6.0, 3.6))
-    epochs, labels = [row["epoch"] for row in runs[0]], []
+    ax, labels = _single(ax, (6.0, 3.6)), []
+    rows = pd.concat(map(pd.DataFrame, runs)).groupby("epoch").agg(["mean", "min", "max"])
+    epochs = rows.index
     for name, style in LINES.items():
-        if (key := f"{name}_{quantity}") in runs[0][0]:
-            values = np.array([[row[key] for row in run] for run in runs])
-            mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+        if (key := f"{name}_{quantity}") in rows:
+            mean, low, high = rows[key].to_numpy().T
             ax.plot(epochs, mean, label=name, **style)
             shown = "train (smoothed)" if smoothed and name == "train" else name
             text = f"{shown} {mean[-1]:.{digits}f}"
@@ -530,7 +487,7 @@ def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=(), smoothed=F
                 text += f" ({low[-1]:.{digits}f}–{high[-1]:.{digits}f})"
             labels.append((mean[-1], text, style["color"]))
     for name in claimed:
-        colour = LINES.get(name, {}).get("color", GREY)
+        colour = LINES[name]["color"]
         ax.axhline(claimed[name], color=colour, linestyle=":", linewidth=1)
         labels.append((claimed[name], f"claimed {name} {claimed[name]:.{digits}f}", colour))
     _finish_epochs(ax, epochs[0], epochs[-1], label, labels)
@@ -547,7 +504,7 @@ def _finish_epochs(ax, first, last, label, labels):
 
 def _label_at_right(ax, x, labels):
     """Writes (y, text, colour) right of the axes, none over another, with a line to (x, y)."""
-    labels = sorted(each for each in labels if np.isfinite(each[0]))
+    labels = sorted(labels)
     low, high = ax.get_ylim()
     gap = (high - low) * 14 / (ax.bbox.height * 72 / ax.figure.dpi)
     # From the lowest on each label makes room above the last; what that pushes out at the top

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-import torch
 import tyro
 
 from utils import InputError, data, devices, explain, files, plotting, run
@@ -65,12 +64,6 @@ def recipe_of(out):
     return Recipe(**settings), metrics
 
 
-def changed(settings):
-    """What a run's recipe has otherwise than the recipe of its name: "cutout=0; dirac=True"."""
-    plain = recipe(settings.name).scaled(epochs=settings.epochs)
-    return "; ".join(f"{name}={value}" for name, value in settings.differences(plain).items())
-
-
 def keep(name, outs, images, folder, *, weights=False, device):
     """Keeps the results of the finished runs `outs` of the recipe `name` in `folder`.
 
@@ -107,7 +100,7 @@ def keep(name, outs, images, folder, *, weights=False, device):
         files.save_figure(ax.figure, folder / "accuracy.png")
     if weights:
         model, path = load_weights(median / "weights.safetensors"), folder / "weights.safetensors"
-        files.save_weights(model, path, metadata=model.metadata, dtype=torch.float16)
+        files.save_weights(model.half(), path, metadata=model.metadata)
         results = explain.predictions(load_weights(path).to(device), images)
         save_predictions(results, folder / "predictions.safetensors")
 
@@ -122,10 +115,10 @@ def check(name, runs, images):
     for settings, metrics, out in runs:
         if settings.name != name:
             raise InputError(f"{out} holds a run of {settings.name}, not of {name}")
-        if settings.differences(first):
-            raise InputError(f"{out} differs from {first_out} in settings; leave one out")
-        if metrics["precision"] != first_metrics["precision"]:
-            raise InputError(f"{out} differs from {first_out} in precision; leave one out")
+        if settings.differences(first) or metrics["precision"] != first_metrics["precision"]:
+            raise InputError(
+                f"{out} differs from {first_out} in settings or precision; leave one out"
+            )
         if metrics["data"]["fingerprint"] != fingerprint:
             raise InputError(f"{out} holds a run on other data than {images.name}; name its --data")
 
@@ -161,9 +154,15 @@ def row(settings, metrics, out, images, device):
 
 
 def common(settings, metrics):
-    """What runs.csv and tuning.csv tell alike of a run, a dict."""
+    """What runs.csv and tuning.csv tell alike of a run, a dict.
+
+    `changed`: what its recipe has otherwise than the one of its name: "cutout=0; dirac=True".
+    """
+    plain = recipe(settings.name).scaled(epochs=settings.epochs)
+    changes = settings.differences(plain).items()
     return {
-        "changed": changed(settings), "seed": metrics["seed"], "epochs": settings.epochs,
+        "changed": "; ".join(f"{name}={value}" for name, value in changes),
+        "seed": metrics["seed"], "epochs": settings.epochs,
         "train_acc": metrics["last_epoch"]["train_acc"], "seconds": metrics["training_seconds"],
         "device": metrics["device"], "precision": metrics["precision"],
     }

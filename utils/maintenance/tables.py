@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import InputError, files, plotting, training
+from utils import files, plotting, training
 from utils.recipes import RECIPES, recipe
 
 ROOT = Path(__file__).parents[2]
@@ -151,17 +151,12 @@ PAGES = {
 
 
 def with_tables(text, tables):
-    """A page's `text` with each of its tables, {name: function}, between its two marks.
-
-    Raises InputError where the marks are missing.
-    """
+    """A page's `text` with each of its tables, {name: function}, between its two marks."""
     for name, table in tables.items():
         begin = f"<!-- {name}: python -m utils.maintenance.tables -->\n"
         end = f"<!-- end of {name} -->\n"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise InputError(f"the page lacks the lines {begin.strip()} and {end.strip()}")
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
         text = f"{before}{begin}\n{table()}\n{end}{after}"
     return text
 
