@@ -217,6 +217,21 @@ def test_damaged_checkpoint(folder, out, tmp_path):
         train.main(["s12", "--data", str(folder), "--out", str(tmp_path), *SHORT, "--resume"])
 
 
+def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    path.write_text("old")
+
+    def full_disk(checkpoint, part):
+        Path(part).write_text("half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        lightning_loop.WholeFileIO().save_checkpoint({}, path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # Runs that end early
 
 

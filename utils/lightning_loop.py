@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch.nn import functional as F
@@ -174,6 +175,18 @@ class EpochTable(Callback):
         self.on_train_end(trainer, module)
 
 
+class WholeFileIO(TorchCheckpointIO):
+    """Checkpoints that are written whole or not at all.
+
+    Lightning's own are copied where the temporary folder is on another disk, and a copy can be
+    cut off.
+    """
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        with files.whole_file(path) as part:
+            torch.save(checkpoint, part)
+
+
 def make_trainer(
     recipe, out, *, device, dtype=None, validation=True, devices=1, num_nodes=1, strategy="auto"
 ):
@@ -218,6 +231,7 @@ def make_trainer(
             ],
             log_every_n_steps=5,
             callbacks=callbacks,
+            plugins=[WholeFileIO()],
             enable_progress_bar=False,
             enable_model_summary=False,
         )
