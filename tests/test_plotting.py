@@ -89,8 +89,8 @@ def overlap(boxes):
 
 
 RUNGS = pd.DataFrame({
-    "rung": ["plain", "a", "b"], "accuracies": [[50, 52], [53, 53], [54, 55]],
-    "gain": [None, 2.0, 1.5], "error": [None, 1.0, 0.5],
+    "rung": ["plain", "a", "b"], "kept": ["yes", "no", "yes"],
+    "accuracies": [[50, 52], [53, 53], [54, 55]], "gain": [0, 2.0, 3.5], "error": [0, 1.0, 0.5],
 })
 RATES = {"raw_losses": [2.0, 1.5, 8.0], "suggestion": 5e-3, "min_lr": 1e-3, "max_lr": 2e-2}
 
@@ -340,10 +340,11 @@ def test_accuracy_band_is_mean_and_range_of_the_runs():
 def test_ladder_goes_down_and_tells_each_gain():
     ax = plotting.ladder(RUNGS)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "a", "b"]
-    assert [text.get_text() for text in ax.texts] == ["+2.00 ± 1.00", "+1.50 ± 0.50"]
-    *dots, means = ax.lines
+    assert [text.get_text() for text in ax.texts] == ["+2.00 ± 1.00", "+3.50 ± 0.50"]
+    *dots, means, kept = ax.lines
     assert [list(line.get_xdata()) for line in dots] == [[50, 52], [53, 53], [54, 55]]
     assert list(means.get_xdata()) == [51, 53, 54.5] and list(means.get_ydata()) == [0, 1, 2]
+    assert list(kept.get_xdata()) == [51, 54.5] and list(kept.get_ydata()) == [0, 2]
     assert ax.yaxis_inverted()
 
 

@@ -49,29 +49,26 @@ def test_tuning(tmp_path):
     ]
 
 
-def write_ladder(folder):
-    """Three rungs of two seeds, and what a test-time flip adds."""
+def test_ladder_compares_each_rung_with_the_one_kept_last_seed_by_seed(tmp_path):
     trials = [
         {"changed": changed, "seed": seed, "validation_acc": plain, "validation_acc_flip": flipped}
         for changed, seed, plain, flipped in [
-            ("a=1; b=2", 1, 51, 0), ("a=1; b=2", 0, 50, 0), ("b=2", 0, 53, 0), ("b=2", 1, 55, 0),
-            ("", 0, 52, 54), ("", 1, 55, 57.5),
+            ("a=1; b=2", 1, 51, 0), ("a=1; b=2", 0, 50, 0), ("b=2", 0, 53, 54), ("b=2", 1, 55, 57.5),
+            ("", 0, 52, 0), ("", 1, 55, 0), ("c=3", 0, 52, 0), ("c=3", 1, 52.5, 0),
         ]
     ]
-    files.save_table(trials, folder / "s10_best" / "tuning.csv")
-    names = [{"rung": name} for name in ("plain", "a", "b", "flip")]
-    files.save_table(names, folder / "s10_best" / "rungs.csv")
-
-
-def test_ladder_compares_each_rung_with_the_one_before_seed_by_seed(tmp_path):
-    write_ladder(tmp_path)
+    files.save_table(trials, tmp_path / "s10_best" / "tuning.csv")
+    titles = [("plain", "yes"), ("a", "yes"), ("b", "no"), ("c", "no"), ("flip", "yes")]
+    rows = [{"rung": name, "kept": kept} for name, kept in titles]
+    files.save_table(rows, tmp_path / "s10_best" / "rungs.csv")
     assert tables.ladder(folder=tmp_path).splitlines() == [
-        "| rung | validation | gain |  |",
-        "| --- | --- | --- | --- |",
-        "| plain | 50.50 | – | – |",
-        "| + a | 54.00 | +3.50 ± 0.50 | helps |",
-        "| + b | 53.50 | -0.50 ± 0.50 | undecided |",
-        "| + flip | 55.75 | +2.25 ± 0.25 | helps |",
+        "| rung | validation | gain |  | kept |",
+        "| --- | --- | --- | --- | --- |",
+        "| plain | 50.50 | – | – | – |",
+        "| a | 54.00 | +3.50 ± 0.50 | helps | yes |",
+        "| b | 53.50 | -0.50 ± 0.50 | undecided | no |",
+        "| c | 52.25 | -1.75 ± 0.75 | harms | no |",
+        "| flip | 55.75 | +1.75 ± 0.75 | helps | yes |",
     ]
 
 

@@ -245,8 +245,9 @@ def compare_curves(histories, published=(), *, ax=None):
 def ladder(rungs, *, ax=None):
     """Plots the accuracies of each rung, from the top down, and what it gained as a number.
 
-    `rungs`: a DataFrame with `rung`, its name, `accuracies`, a list in percent, and `gain` and
-    `error`, the mean difference to the rung before and its standard error.
+    `rungs`: a DataFrame with `rung`, its name, `kept`, "yes" or "no", `accuracies`, a list in
+    percent, and `gain` and `error`, the mean difference to the rung that was kept last and its
+    standard error. The line goes through what was kept.
     """
     ax = _single(ax, (7.2, 0.7 + 0.36 * len(rungs)))
     for y, row in enumerate(rungs.itertuples()):
@@ -256,7 +257,10 @@ def ladder(rungs, *, ax=None):
                 f"{row.gain:+.2f} ± {row.error:.2f}", (1.02, y), va="center", annotation_clip=False,
                 xycoords=ax.get_yaxis_transform(),
             )
-    ax.plot([np.mean(values) for values in rungs["accuracies"]], range(len(rungs)), "D-")
+    means = rungs["accuracies"].map(np.mean)
+    ax.plot(means, means.index, "D", color=BLUE, fillstyle="none")
+    means = means[rungs["kept"] == "yes"]
+    ax.plot(means, means.index, "D-", color=BLUE)
     ax.set_yticks(range(len(rungs)), labels=rungs["rung"])
     ax.invert_yaxis()
     ax.grid(axis="x")

@@ -3,7 +3,6 @@
 `python -m utils.maintenance.tables` brings them up to date.
 """
 
-import itertools
 from pathlib import Path
 
 import pandas as pd
@@ -75,36 +74,36 @@ def tuning(name, folder=IMAGES):
 def rungs(name="s10_best", folder=IMAGES):
     """The ladder of trials in tuning.csv: a DataFrame with a row for each rung, in their order.
 
-    A rung is the trials with the same settings, one of each seed, and the last one those of the
-    rung before with test-time flip. `rung` is what rungs.csv calls it, `accuracies` a list by seed
-    in percent, `gain` the mean difference to the rung before, seed by seed, and `error` its
-    standard error.
+    A rung is the trials with the same settings, one of each seed, and the last one those that
+    were kept last, with test-time flip. `rung` and `kept` are what rungs.csv says of it,
+    `accuracies` those of the seeds in percent, `gain` the mean difference to the rung that was
+    kept last, seed by seed, and `error` its standard error.
     """
     trials = files.read_table(Path(folder, name, "tuning.csv")).groupby("changed", sort=False)
-    by_rung = [runs.sort_values("seed")["validation_acc"].to_numpy() for _, runs in trials]
-    *_, (_, last) = trials
-    by_rung.append(last.sort_values("seed")["validation_acc_flip"].to_numpy())
-    titles = files.read_table(Path(folder, name, "rungs.csv"))
-    gains = [accuracies - before for before, accuracies in itertools.pairwise(by_rung)]
-    return titles.assign(
-        accuracies=by_rung,
-        gain=[None, *(gain.mean() for gain in gains)],
-        error=[None, *(gain.std(ddof=1) / len(gain) ** 0.5 for gain in gains)],
+    by_rung = [runs.sort_values("seed") for _, runs in trials]
+    table = files.read_table(Path(folder, name, "rungs.csv"))
+    last, accuracies, gains = by_rung[0], [], []
+    for runs, kept in zip(by_rung, table["kept"], strict=False):
+        accuracies.append(runs["validation_acc"].to_numpy())
+        gains.append(accuracies[-1] - last["validation_acc"].to_numpy())
+        last = runs if kept == "yes" else last
+    accuracies.append(last["validation_acc_flip"].to_numpy())
+    gains.append(accuracies[-1] - last["validation_acc"].to_numpy())
+    return table.assign(
+        accuracies=accuracies, gain=[gain.mean() for gain in gains],
+        error=[gain.std(ddof=1) / len(gain) ** 0.5 for gain in gains],
     )
 
 
 def ladder(name="s10_best", folder=IMAGES):
     """What each rung brought; "undecided" where that is less than two standard errors."""
-    table = rungs(name, folder)
-    rows = [[table["rung"][0], f"{table['accuracies'][0].mean():.2f}", "–", "–"]]
-    for row in table[1:].itertuples():
+    rows = []
+    for row in rungs(name, folder).itertuples():
         verdict = "helps" if row.gain > 0 else "harms"
         verdict = verdict if abs(row.gain) >= 2 * row.error else "undecided"
-        rows.append([
-            f"+ {row.rung}", f"{row.accuracies.mean():.2f}", f"{row.gain:+.2f} ± {row.error:.2f}",
-            verdict,
-        ])
-    return markdown(["rung", "validation", "gain", ""], rows)
+        gain = [f"{row.gain:+.2f} ± {row.error:.2f}", verdict, row.kept] if rows else ["–"] * 3
+        rows.append([row.rung, f"{row.accuracies.mean():.2f}", *gain])
+    return markdown(["rung", "validation", "gain", "", "kept"], rows)
 
 
 def log(name, folder=IMAGES):
