@@ -53,7 +53,8 @@ def test_ladder_compares_each_rung_with_the_one_kept_last_seed_by_seed(tmp_path)
     trials = [
         {"changed": changed, "seed": seed, "validation_acc": plain, "validation_acc_flip": flipped}
         for changed, seed, plain, flipped in [
-            ("a=1; b=2", 1, 51, 0), ("a=1; b=2", 0, 50, 0), ("b=2", 0, 53, 54), ("b=2", 1, 55, 57.5),
+            ("a=1; b=2", 1, 51, 0), ("a=1; b=2", 0, 50, 0),
+            ("b=2", 0, 53, 54), ("b=2", 1, 55, 57.5),
             ("", 0, 52, 0), ("", 1, 55, 0), ("c=3", 0, 52, 0), ("c=3", 1, 52.5, 0),
         ]
     ]
