@@ -58,11 +58,8 @@ def test_rows_are_speeds_within_their_spread(table):
     assert (table["lowest"] > 0).all()
     assert (table["lowest"] <= table["median"]).all()
     assert (table["median"] <= table["highest"]).all()
-    units = table["unit"].value_counts().to_dict()
-    assert units.pop("% of the step") in (4, 5)  # `Small` has no max-pool
-    assert units in (
-        {"images/s": 6, "times": 5, "ms/image": 8, "GFLOP/s": products} for products in (1, 2)
-    )
+    units = table["unit"].value_counts().drop("GFLOP/s").to_dict()  # one a dtype of the machine
+    assert units == {"images/s": 6, "times": 5, "ms/image": 8, "% of the step": 4}
 
 
 @pytest.mark.parametrize("ratio, over, under", [
