@@ -1,13 +1,17 @@
 """The benchmark's counts against sums by hand, and that each ratio is that of its two rows."""
 
 import itertools
+import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import CPU, Small
-from utils import devices, files, models
+from conftest import CPU, Small, tiny_images
+from utils import InputError, devices, files, models
 from utils.maintenance import benchmark
 
 
@@ -22,8 +26,9 @@ def measured():
         patch.setitem(models.MODELS, "custom_resnet", Small)
         patch.setattr(benchmark, "CustomResNet", small)
         patch.setattr(benchmark, "matmul_rates", lambda *_: [4e9, 5e9, 7e9])
-        speeds = {True: [30.0, 40.0], False: [20.0, 25.0]}  # those of processes of their own
-        patch.setattr(benchmark, "kept_speeds", lambda kept, *_, **__: speeds[kept])
+        patch.setattr(benchmark, "own_process", lambda _, function, *args, **how: function(
+            *args, **how
+        ))  # another process would have the network at its full size
         return benchmark.measure(device=CPU, images=8, batch_size=4, repeats=2)
 
 
@@ -53,14 +58,15 @@ def test_rows_are_speeds_within_their_spread(table):
     assert (table["lowest"] > 0).all()
     assert (table["lowest"] <= table["median"]).all()
     assert (table["median"] <= table["highest"]).all()
-    assert table["unit"].value_counts()[["images/s", "times", "ms/image"]].to_list() == [7, 5, 8]
+    units = table["unit"].value_counts().drop("GFLOP/s").to_dict()  # one a dtype of the machine
+    assert units == {"images/s": 6, "times": 5, "ms/image": 8, "% of the step": 4}
 
 
 @pytest.mark.parametrize("ratio, over, under", [
     ("whole batches over one image at a time", benchmark.BATCHED, benchmark.SINGLE),
     ("our training over plain", benchmark.OURS, benchmark.PLAIN),
     ("Lightning over our loop", benchmark.LIGHTNING, benchmark.OURS),
-    ("freed memory kept over given back", benchmark.KEPT[True], benchmark.KEPT[False]),
+    ("freed memory kept over given back", benchmark.OURS, benchmark.GIVEN_BACK),
 ])
 def test_ratios_are_those_of_the_medians(rows, ratio, over, under):
     over, under, ratio = rows.loc[over], rows.loc[under], rows.loc[ratio]
@@ -77,12 +83,129 @@ def test_share_of_the_matrix_product(rows, monkeypatch):
     assert rows.loc["matrix product, float32", "median"] == 5
 
 
-def test_rate_of_matrix_products(monkeypatch):
-    """Large ones, on a device that has no numbers, which are said to take 1, 2 and 4 seconds."""
-    timed = SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(times=[1, 2, 4]))
-    monkeypatch.setattr(benchmark, "Timer", lambda *_, **__: timed)
-    rates = benchmark.matmul_rates(torch.device("meta"), torch.float32)
-    assert rates == [2 * 8192**3, 8192**3, 8192**3 / 2]
+@pytest.mark.parametrize("device, queued, size", [("meta", 20, 8192), ("cpu", 1, 4096)])
+def test_rate_of_matrix_products_as_precise_as_convolutions(device, queued, size, monkeypatch):
+    """Many queued on an accelerator, here one that has no numbers. The clock is made up."""
+    ran = []
+
+    def timer(products, *, globals, num_threads):
+        assert torch.backends.cuda.matmul.allow_tf32 and num_threads == torch.get_num_threads()
+        with FlopCounterMode(display=False) as counter:
+            exec(products, globals)
+        ran.append(counter.get_total_flops())
+        return SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(times=[1, 2, 4]))
+
+    monkeypatch.setattr(benchmark, "Timer", timer)
+    factor = torch.empty(size, size, device="meta")  # on a CPU the product would take seconds
+    monkeypatch.setattr(torch, "randn", lambda *sizes, **_: factor.view(sizes))
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        rates = benchmark.matmul_rates(torch.device(device), torch.float32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    flops = queued * 2 * size**3
+    assert ran == [flops] and rates == [flops, flops / 2, flops / 4]
+
+
+def test_whole_batches_are_made_on_the_device_and_single_images_on_the_cpu(monkeypatch):
+    timed = []
+
+    def timer(_, *, globals, num_threads):
+        timed.append((globals["batches"], num_threads))
+        return SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(times=[0.5, 2.0]))
+
+    monkeypatch.setattr(benchmark, "Timer", timer)
+    speeds = benchmark.input_speeds(benchmark.noise(4), torch.device("meta"))
+    assert speeds == {benchmark.SINGLE: [8, 2], benchmark.BATCHED: [8, 2]}
+    (single, one), (batched, same) = timed
+    assert one == same == 1
+    assert single.num_workers == 0 and isinstance(single.dataset.images, np.ndarray)
+    assert batched.images.device.type == "meta"
+
+
+def test_a_process_of_its_own_is_prepared():
+    """Asked there for its number and for cuDNN's search, which `devices.prepare` switches on."""
+    what = "__import__('os').getpid(), __import__('torch').backends.cudnn.benchmark"
+    number, search = benchmark.own_process(devices.prepare, eval, what)
+    assert search and number != os.getpid()
+
+
+def test_trainings_take_turns_and_only_ours_are_prepared_and_keep_memory(monkeypatch):
+    turns = []
+
+    def own_process(prepare, function, train, settings, images, **how):
+        assert function is benchmark.epoch_speeds and how == {"device": CPU, "dtype": None}
+        kept, search = [], False
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False), monkeypatch.context() as m:
+            m.setattr(devices, "keep_memory", lambda: kept.append(True))
+            if prepare:
+                prepare()
+            search = torch.backends.cudnn.benchmark
+        turns.append((getattr(train, "func", train), settings.batch_size, bool(kept), search))
+        return [float(len(turns))]
+
+    monkeypatch.setattr(benchmark, "own_process", own_process)
+    speeds = benchmark.training_speeds(None, epochs=3, batch_size=4, device=CPU, dtype=None)
+    once = [
+        (benchmark.plain_training, 4, False, False), (benchmark.run.train_plain, 4, True, True),
+        (benchmark.run.train_lightning, 4, True, True),
+        (benchmark.run.train_plain, 4, False, True),
+    ]
+    assert turns == 2 * once
+    assert speeds == {
+        benchmark.PLAIN: [1, 5], benchmark.OURS: [2, 6], benchmark.LIGHTNING: [3, 7],
+        benchmark.GIVEN_BACK: [4, 8],
+    }
+
+
+def test_details_of_steps_on_a_cpu_are_shares_of_the_whole(small_network, monkeypatch):
+    monkeypatch.setattr(benchmark, "CustomResNet", small)
+    how = {"device": CPU, "batch_size": 14}
+    times, memory, shares = benchmark.step_details("ours", tiny_images(), **how)
+    assert {phase: len(values) for phase, values in times.items()} == {
+        "input": 2, "forward": 2, "backward": 2, "optimizer": 2
+    }
+    assert memory == 0
+    assert sum(shares.values()) == pytest.approx(100)
+    assert shares.keys() == benchmark.KINDS.keys() - {"max-pool", "ReLU"}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_kinds_of_the_operations_of_a_step_and_its_memory(on_gpu, monkeypatch):
+    """The profiler's events are made up, with a kernel that must not count twice."""
+    events = [
+        ("aten::mkldnn_convolution", 1, 10), ("aten::cudnn_convolution", 2, 20),
+        ("aten::convolution_backward", 3, 30), ("ConvolutionBackward0", 4, 0),
+        ("aten::native_batch_norm_backward", 5, 5), ("NativeBatchNormBackward0", 6, 0),
+        ("aten::max_pool2d_with_indices", 7, 7), ("aten::clamp_min", 8, 8),
+        ("aten::threshold_backward", 9, 9), ("aten::copy_", 55, 11),
+    ]
+    kinds = torch.autograd.DeviceType
+    averages = [
+        SimpleNamespace(key=key, device_type=kinds.CPU, self_cpu_time_total=cpu,
+                        self_device_time_total=gpu)
+        for key, cpu, gpu in events
+    ]
+    averages.append(SimpleNamespace(key="sm90_fprop_conv", device_type=kinds.CUDA,
+                                    self_cpu_time_total=0, self_device_time_total=100))
+    profiler = SimpleNamespace(key_averages=lambda: averages)
+    monkeypatch.setattr(torch.profiler, "profile", lambda: nullcontext(profiler))
+    calls = []
+    monkeypatch.setattr(benchmark, "training_steps", lambda *_, **__: {
+        "ours": lambda: calls.append("steps")
+    })
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 4 * 2**20)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    device = torch.device("cuda" if on_gpu else "cpu")
+    _, memory, shares = benchmark.step_details("ours", None, device=device)
+    assert calls == (["steps", "reset", "steps"] if on_gpu else ["steps", "steps"])
+    assert memory == 3
+    assert shares == {
+        "convolution, forward": 30 if on_gpu else 3, "convolution, backward": 30 if on_gpu else 7,
+        "batch norm": 5 if on_gpu else 11, "max-pool": 7, "ReLU": 17,
+        "all else": 11 if on_gpu else 55,
+    }
 
 
 def test_phases_of_five_steps_after_the_first(monkeypatch):
@@ -129,8 +252,24 @@ def test_command_writes_table_and_figure(measured, table, tmp_path, monkeypatch,
     assert all(name in printed for name in table["what"])
 
 
+@pytest.mark.parametrize("device, arguments, images", [
+    ("cpu", [], 3 * 512), ("meta", [], 50 * 512), ("meta", ["--images", "1024"], 1024),
+])
+def test_an_epoch_fills_an_accelerator_and_spares_a_cpu(device, arguments, images, monkeypatch):
+    sizes = []
+
+    def stop(**how):
+        sizes.append(how["images"])
+        raise InputError("measured")
+
+    monkeypatch.setattr(benchmark, "measure", stop)
+    with pytest.raises(SystemExit, match="measured"):
+        benchmark.main(["--device", device, *arguments])
+    assert sizes == [images]
+
+
 @pytest.mark.parametrize("arguments, word", [
-    (["--device", "nonsense"], "nonsense"), (["--images", "256"], "--images"),
+    (["--device", "nonsense"], "nonsense"), (["--images", "1023"], "--images"),
     (["--repeats", "0"], "--repeats"),
 ])
 def test_refused(arguments, word, capsys):

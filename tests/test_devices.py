@@ -51,6 +51,18 @@ print(resident() - before)
     assert (float(output) > 350) == kept
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_process_that_trains_has_cudnn_search_and_keeps_memory_unless_told_not_to(
+    keep, monkeypatch
+):
+    """The flag can be read without a GPU too."""
+    kept = []
+    monkeypatch.setattr(devices, "keep_memory", lambda: kept.append(True))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        devices.prepare(keep=keep)
+        assert torch.backends.cudnn.benchmark and kept == [True] * keep
+
+
 @pytest.mark.parametrize("abilities, dtype", [
     ({}, None),
     ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, None),

@@ -31,6 +31,15 @@ def keep_memory():
         mallopt(-2, 2**30)  # M_TOP_PAD: and ask for more a gigabyte at a time
 
 
+def prepare(*, keep=True):
+    """Sets this process up for training at full speed; `keep`: with `keep_memory`."""
+    # The sizes of a training are fixed, so cuDNN's search for the fastest algorithm of each
+    # convolution pays: once for its batches, and once for a short last one.
+    torch.backends.cudnn.benchmark = True
+    if keep:
+        keep_memory()
+
+
 def pick_device(name=None):
     """The named torch.device, or the machine's accelerator, or else its CPU.
 

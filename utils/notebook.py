@@ -26,7 +26,7 @@ def begin(name):
     one epoch is trained. The peak stays at the same fraction. `folder` keeps the checkpoints, so
     that a run that was cut off can go on; for the sample it is a new temporary one.
     """
-    devices.keep_memory()
+    devices.prepare()
     source = os.environ.get("COURSE_DATA", "cifar10")
     images = data.load(source)
     device = devices.pick_device()

@@ -96,7 +96,7 @@ def run(recipe, images, options, out):
     import torchvision  # here, because it takes seconds
 
     start, commit = time.perf_counter(), current_commit()
-    devices.keep_memory()
+    devices.prepare()
     device, begun = devices.pick_device(options.device), None
     checkpoint = out / files.CHECKPOINTS[recipe.loop]
     if options.resume and checkpoint.exists():

@@ -1,29 +1,28 @@
 """Speeds side by side, in one run on this machine: `python -m utils.maintenance.benchmark`.
 
 The rate of large matrix products, the input image by image and in batches, training as a
-plain loop does it and as we do, and where the time of a step goes. The images are noise: speed
-does not depend on what they show.
+plain loop does it and as we do, and where the time and memory of a step go. The images are
+noise: speed does not depend on what they show.
 """
 
 import contextlib
 import io
 import itertools
+import re
 import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 
 import pandas as pd
 import torch
 import tyro
-from PIL import Image
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
+from torchvision import datasets, transforms
 
 from utils import InputError, data, devices, files, plotting, run
 from utils.batches import training_batches
@@ -34,29 +33,32 @@ from utils.progress import progress_bar
 from utils.recipes import recipe
 from utils.train import as_command
 
-BATCH_SIZE = 256
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+BATCH_SIZE = recipe("s10").batch_size
 SINGLE, BATCHED = "input, one image at a time", "input, whole batches"
-PLAIN, OURS = "training, plain", "training, ours"
-LIGHTNING = "training, ours in Lightning"
-KEPT = "training, freed memory given back", "training, freed memory kept"
+PLAIN, OURS, LIGHTNING = "training, plain", "training, ours", "training, ours in Lightning"
+GIVEN_BACK = "training, ours, freed memory given back"
+KINDS = {  # of operations, by what is in their names: the first that fits
+    "convolution, backward": "conv.*backward", "convolution, forward": "conv",
+    "batch norm": "batch_?norm", "max-pool": "max_?pool", "ReLU": "relu|clamp_min|threshold",
+    "all else": "",
+}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measures input and training side by side, and where the time of a step goes."""
+    """Measures input and training side by side, and where the time and memory of a step go."""
 
     device: str | None = None
     """None: the best there is"""
-    images: int = 1024
-    """an epoch"""
+    images: int | None = None
+    """an epoch; None: 50 batches on an accelerator, 3 on a CPU"""
     repeats: int = 2
     """epochs of each"""
     record: bool = False
     """keep the table, and a picture of where the time goes, in images/benchmark and the README"""
 
     def __post_init__(self):
-        if self.images < 2 * BATCH_SIZE or self.repeats < 1:
+        if self.images is not None and self.images < 2 * BATCH_SIZE or self.repeats < 1:
             raise InputError("--images must be at least two batches, and --repeats at least 1")
 
 
@@ -66,7 +68,8 @@ def main(arguments=None):
         device = devices.pick_device(args.device)
         name = f"{devices.device_name(device)}, {devices.dtype_name(devices.amp_dtype(device))}"
         print(name, flush=True)
-        table, phases = measure(device=device, images=args.images, repeats=args.repeats)
+        images = args.images or (3 if device.type == "cpu" else 50) * BATCH_SIZE
+        table, phases = measure(device=device, images=images, repeats=args.repeats)
         print(table.to_string(index=False, float_format="{:,.2f}".format))
         if args.record:
             folder = tables.IMAGES / "benchmark"
@@ -76,11 +79,11 @@ def main(arguments=None):
             tables.write()
 
 
-def measure(*, device, images=1024, batch_size=BATCH_SIZE, repeats=2):
+def measure(*, device, images, batch_size=BATCH_SIZE, repeats=2):
     """Everything, as a DataFrame: what, unit, median, lowest, highest; and `median_phases`."""
     dtype = devices.amp_dtype(device)
-    pixels = noise(images)
-    rows = []
+    pixels, how = noise(images), {"device": device, "dtype": dtype, "batch_size": batch_size}
+    rows, by_phase = [], {}
 
     def add(what, unit, values, per=(1,), scale=1.0):
         middle = scale * statistics.median(values) / statistics.median(per)
@@ -88,98 +91,91 @@ def measure(*, device, images=1024, batch_size=BATCH_SIZE, repeats=2):
         rows.append(dict(what=what, unit=unit, median=middle, lowest=low, highest=high))
 
     for kind in dict.fromkeys([torch.float32, dtype or torch.float32]):
-        limit = matmul_rates(device, kind)
+        limit = own_process(None, matmul_rates, device, kind)
         add(f"matrix product, {devices.dtype_name(kind)}", "GFLOP/s", limit, scale=1e-9)
-    speeds = input_speeds(noise(8 * images))  # short, so take more
-    speeds |= training_speeds(
-        pixels, device=device, dtype=dtype, batch_size=batch_size, repeats=repeats
-    )
-    for kept in (False, True):
-        speeds[KEPT[kept]] = kept_speeds(
-            kept, pixels, device=device, dtype=dtype, batch_size=batch_size, epochs=1 + repeats
-        )
+    speeds = input_speeds(pixels, device) | training_speeds(pixels, epochs=1 + repeats, **how)
     for name, values in speeds.items():
         add(name, "images/s", values)
     add("whole batches over one image at a time", "times", speeds[BATCHED], speeds[SINGLE])
     add("our training over plain", "times", speeds[OURS], speeds[PLAIN])
     add("Lightning over our loop", "times", speeds[LIGHTNING], speeds[OURS])
-    add("freed memory kept over given back", "times", speeds[KEPT[True]], speeds[KEPT[False]])
-    flops = training_flops()
-    add("our training over the matrix product", "times", speeds[OURS], limit, scale=flops)
-    by_phase = step_phases(pixels, device=device, dtype=dtype, batch_size=batch_size)
-    for name, phases in zip((PLAIN, OURS), by_phase.values(), strict=True):
-        for phase, values in phases.items():
-            add(f"{name}: {phase}", "ms/image", values)
+    add("freed memory kept over given back", "times", speeds[OURS], speeds[GIVEN_BACK])
+    add("our training over the matrix product", "times", speeds[OURS], limit, training_flops())
+    for way, prepare in (("plain", None), ("ours", devices.prepare)):
+        by_phase[way], memory, shares = own_process(prepare, step_details, way, pixels, **how)
+        for phase, values in by_phase[way].items():
+            add(f"training, {way}: {phase}", "ms/image", values)
+        if memory:
+            add(f"training, {way}: memory of a step", "MiB", [memory])
+    for kind, share in shares.items():
+        add(f"training, ours: {kind}", "% of the step", [share])
     return pd.DataFrame(rows), median_phases(by_phase)
 
 
 def noise(images):
     """An `ImageData` of that many training images, and ten test images, in CIFAR-10's form."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(images) % 10
-    classes = tuple("abcdefghij")
-    return data.ImageData("noise", classes, pixels, labels, pixels[:10], labels[:10])
+    return data.ImageData("noise", (*"abcdefghij",), pixels, labels, pixels[:10], labels[:10])
 
 
 def matmul_rates(device, dtype):
-    """FLOP/s of products of large square matrices."""
-    size = 4096 if device.type == "cpu" else 8192
+    """FLOP/s of products of large square matrices, in a process of its own.
+
+    On an accelerator many are queued. In float32 they are as precise as convolutions are.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    size, queued = (4096, 1) if device.type == "cpu" else (8192, 20)
     factors = {name: torch.randn(size, size, device=device, dtype=dtype) for name in "ab"}
-    timer = Timer("a @ b", globals=factors, num_threads=torch.get_num_threads())
-    return [2 * size**3 / seconds for seconds in timer.blocked_autorange(min_run_time=2).times]
+    products, threads = f"for _ in range({queued}): a @ b", torch.get_num_threads()
+    times = Timer(products, globals=factors, num_threads=threads).blocked_autorange(min_run_time=2)
+    return [2 * size**3 * queued / seconds for seconds in times.times]
 
 
-def input_speeds(images):
-    """{name: [images/s of a pass over the training images]}, in this process, one thread."""
+def input_speeds(images, device):
+    """{name: [images/s of a pass over the training images]}, in this process, one thread.
+
+    Whole batches are made on `device`, one image after the other on the CPU.
+    """
     settings, speeds = recipe("s10"), {}
     for name in (SINGLE, BATCHED):
         settings = settings.replace(per_image=name == SINGLE)
-        batches = training_batches(settings, images, device=torch.device("cpu"), workers=0)
+        batches = training_batches(settings, images, device=device, workers=0)
         timer = Timer("for _ in batches: pass", globals={"batches": batches}, num_threads=1)
         times = timer.blocked_autorange(min_run_time=2).times
         speeds[name] = [len(images.train_images) / seconds for seconds in times]
     return speeds
 
 
-class PlainDataset(Dataset):
+class PlainDataset(datasets.CIFAR10):
     """Image by image through torchvision's transforms, as most CIFAR-10 trainings do it."""
 
     def __init__(self, images):
-        self.images = images.train_images.permute(0, 2, 3, 1).contiguous().numpy()
-        self.labels = images.train_labels
+        self.data = images.train_images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.targets, self.target_transform = images.train_labels, None
         size = images.train_images.shape[-2:]
-        square = 64 / size.numel()  # of 8×8
         self.transform = transforms.Compose([
-            transforms.RandomCrop(size, padding=4),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-            transforms.RandomErasing(p=1, scale=(square, square), ratio=(1, 1), value=0),
+            transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize([0.5], [0.25]),
+            transforms.RandomErasing(p=1, scale=[64 / size.numel()] * 2, ratio=(1, 1)),  # of 8×8
         ])
 
-    def __len__(self):
-        return len(self.images)
 
-    def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
-
-
-def plain_parts(images, *, device, batch_size, workers=0):
+def plain_parts(settings, images, device, workers=0):
     """(loader, model, optimizer) of a plain training: contiguous tensors, float32, Adam."""
-    loader = DataLoader(
-        PlainDataset(images), batch_size=batch_size, shuffle=True, num_workers=workers,
+    loader = torch.utils.data.DataLoader(
+        PlainDataset(images), settings.batch_size, shuffle=True, num_workers=workers,
         persistent_workers=workers > 0, pin_memory=device.type == "cuda",
     )
     model = CustomResNet(len(images.classes)).to(device)
     return loader, model, torch.optim.Adam(model.parameters(), lr=1e-3)
 
 
-def plain_speeds(images, *, epochs, device, **settings):
-    """Images/s of each epoch after the first of a plain training loop."""
-    loader, model, optimizer = plain_parts(images, device=device, **settings)
-    speeds = []
-    for _ in range(epochs):
+def plain_training(settings, images, *, device, dtype=None):
+    """A plain training loop, in float32 whatever `dtype`. Returns what `run.train_plain` does."""
+    loader, model, optimizer = plain_parts(settings, images, device, min(devices.cores(), 8))
+    history = []
+    for _ in range(settings.epochs):
         start = time.perf_counter()
         for pixels, labels in loader:
             loss = F.cross_entropy(model(pixels.to(device)), labels.to(device))
@@ -187,48 +183,43 @@ def plain_speeds(images, *, epochs, device, **settings):
             loss.backward()
             optimizer.step()
             loss.item()
-        speeds.append(len(images.train_images) / (time.perf_counter() - start))
-    return speeds[1:]
+        history.append({"images_per_s": len(loader.dataset) / (time.perf_counter() - start)})
+    return model, history
 
 
-def training_speeds(images, *, device, dtype, batch_size, repeats):
-    """{name: [images/s of each epoch after the first]}.
+def training_speeds(images, *, epochs, batch_size, **how):
+    """{name: [images/s of each epoch after the first]}, the whole of an epoch, input included.
 
-    The loops take turns, twice each, and run the whole of an epoch, input included.
+    The trainings take turns, twice each.
     """
-    epochs = 1 + repeats
     settings = recipe("s10").scaled(epochs=epochs, batch_size=batch_size)
-    speeds = {PLAIN: [], OURS: [], LIGHTNING: []}
-    for _ in progress_bar(range(2), desc="training"):
-        workers = min(devices.cores(), 8)
-        speeds[PLAIN] += plain_speeds(
-            images, epochs=epochs, device=device, batch_size=batch_size, workers=workers
-        )
-        how = {"device": device, "dtype": dtype}
-        speeds[OURS] += quiet_speeds(run.train_plain, settings, images, **how)
+    speeds = {PLAIN: [], OURS: [], LIGHTNING: [], GIVEN_BACK: []}
+    for name in progress_bar(2 * list(speeds), desc="training"):
         with tempfile.TemporaryDirectory() as out:
-            speeds[LIGHTNING] += quiet_speeds(
-                run.train_lightning, settings, images, out=out, **how
-            )
+            prepare, train = {
+                PLAIN: (None, plain_training),
+                OURS: (devices.prepare, run.train_plain),
+                LIGHTNING: (devices.prepare, partial(run.train_lightning, out=out)),
+                GIVEN_BACK: (partial(devices.prepare, keep=False), run.train_plain),
+            }[name]
+            speeds[name] += own_process(prepare, epoch_speeds, train, settings, images, **how)
     return speeds
 
 
-def quiet_speeds(train, settings, images, **how):
+def epoch_speeds(train, *args, **how):
     """Images/s of each epoch after the first, without the table of epochs on the way."""
     with contextlib.redirect_stdout(io.StringIO()):
-        _, history = train(settings, images, **how)
+        _, history = train(*args, **how)
     return [row["images_per_s"] for row in history[1:]]
 
 
-def kept_speeds(kept, images, *, epochs, batch_size, **how):
-    """Images/s of each epoch after the first, with freed memory kept or given back.
+def own_process(prepare, function, *args, **how):
+    """What `function` returns in a process of its own, after `prepare`, or None for nothing.
 
-    In a process of its own: the C library's defaults don't come back.
+    For what a training sets up can't be undone in a process.
     """
-    settings = recipe("s10").scaled(epochs=epochs, batch_size=batch_size)
-    spawn, prepare = get_context("spawn"), devices.keep_memory if kept else None
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=prepare) as process:
-        return process.submit(quiet_speeds, run.train_plain, settings, images, **how).result()
+    with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn"), prepare) as process:
+        return process.submit(function, *args, **how).result()
 
 
 def phases(batches, model, optimizer, *, device, dtype=None, layout=torch.contiguous_format):
@@ -238,58 +229,81 @@ def phases(batches, model, optimizer, *, device, dtype=None, layout=torch.contig
     for after each phase, which a training would not do.
     """
     model.train()
-    times = {"input": [], "forward": [], "backward": [], "optimizer": []}
-    marks = [time.perf_counter()]
+    times, marks = {}, [time.perf_counter()]
 
-    def mark():
+    def done(phase):
         devices.synchronize(device)
         marks.append(time.perf_counter())
+        times.setdefault(phase, []).append(1000 * (marks[-1] - marks[-2]) / len(labels))
 
     for images, labels in itertools.islice(batches, 6):
         images, labels = images.to(device, memory_format=layout), labels.to(device)
-        mark()
+        done("input")
         with devices.autocast(device, dtype):
             loss = F.cross_entropy(model(images), labels)
-        mark()
+        done("forward")
         optimizer.zero_grad()
         loss.backward()
-        mark()
+        done("backward")
         optimizer.step()
-        mark()
-        for values, (before, after) in zip(times.values(), itertools.pairwise(marks), strict=True):
-            values.append(1000 * (after - before) / len(labels))
-        marks = marks[-1:]
-    return {name: values[1:] for name, values in times.items()}
+        done("optimizer")
+    return {phase: values[1:] for phase, values in times.items()}
 
 
-def step_phases(images, *, device, dtype=None, batch_size=256):
-    """{"plain": …, "ours": …} of `phases` of both trainings on the images of an `ImageData`.
+def training_steps(images, *, device, dtype=None, batch_size=BATCH_SIZE):
+    """{"plain": …, "ours": …}: functions that train for at most six steps and return `phases`.
 
-    Without workers, whose time would be hidden in the other phases.
+    On the images of an `ImageData`, without workers, whose time would be hidden in other phases.
     """
     settings = recipe("s10").scaled(batch_size=batch_size)
     model = build(settings, images).to(device)
-    ours = training_batches(settings, images, device=device), model, make_optimizer(model, settings)
-    plain = plain_parts(images, device=device, batch_size=batch_size)
+    optimizer = make_optimizer(model, settings, dtype=dtype)
+    ours = training_batches(settings, images, device=device), model, optimizer
     return {
-        "plain": phases(*plain, device=device),
-        "ours": phases(*ours, device=device, dtype=dtype, layout=torch.channels_last),
+        "plain": partial(phases, *plain_parts(settings, images, device), device=device),
+        "ours": partial(phases, *ours, device=device, dtype=dtype, layout=torch.channels_last),
     }
+
+
+def step_phases(images, **how):
+    """{"plain": …, "ours": …} of `phases` of both trainings; `how`: see `training_steps`."""
+    return {way: steps() for way, steps in training_steps(images, **how).items()}
+
+
+def step_details(way, images, *, device, **how):
+    """`phases`, MiB and {kind of operation: %} of one of the `training_steps`.
+
+    MiB: what a step needs at its peak on top of the data set, the weights, the gradients and the
+    optimizer's state; 0 unless on CUDA. %: the share of the device's time, by `KINDS`, without
+    those of which there is nothing to be seen.
+    """
+    steps = training_steps(images, device=device, **how)[way]
+    times, before = steps(), torch.cuda.memory_allocated()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with torch.profiler.profile() as profiler:
+        steps()
+    peak = torch.cuda.max_memory_allocated() - before
+    self_time = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    shares = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CPU:  # which has its kernels' time too
+            fits = (kind for kind, part in KINDS.items() if re.search(part, event.key, re.I))
+            shares[next(fits)] += getattr(event, self_time)
+    total = sum(shares.values())
+    shares = {kind: 100 * share / total for kind, share in shares.items() if share}
+    return times, peak / 2**20, shares
 
 
 def median_phases(by_phase):
     """`step_phases`, each list brought to its median, for `plotting.time_by_phase`."""
-    return {
-        name: {phase: statistics.median(values) for phase, values in times.items()}
-        for name, times in by_phase.items()
-    }
+    return pd.DataFrame(by_phase).map(statistics.median).to_dict()
 
 
 def training_flops():
     """FLOP of forward and backward for one image, counted by torch."""
-    model = CustomResNet()
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(2, 3, 32, 32)).sum().backward()
+        CustomResNet()(torch.zeros(2, 3, 32, 32)).sum().backward()
     return counter.get_total_flops() / 2
 
 
