@@ -5,7 +5,6 @@ uint8 arrays (H, W, 3).
 """
 
 import functools
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,14 @@ from utils.models import load_weights
 from utils.results import read_predictions, save_predictions
 
 ZOOM = 8  # a pixel of the network's picture becomes 8×8 on the page
+
+# As many columns as there is room for, and captions whole.
+STYLE = """
+<style>
+.at{0} .grid-container {{grid: auto-flow / repeat(auto-fill, minmax({0}px, 1fr)) !important}}
+.at{0} .grid-wrap {{height: auto !important; min-height: 0 !important; max-height: none !important}}
+.at{0} .caption-label {{max-width: 100% !important; white-space: normal !important}}
+</style>"""
 
 # What a Space needs.
 MODULES = "__init__ progress sample data devices files models results explain plotting demo"
@@ -95,35 +102,24 @@ def shown(model, images, classes=None, layer="", opacity=0.5):
     return list(pictures.permute(0, 2, 3, 1).numpy())
 
 
-def photographed(path):
-    """`data.photograph` as uint8 (1, 3, 32, 32); its errors name the file without its folder."""
-    try:
-        return data.photograph(path)[None]
-    except InputError as error:
-        raise InputError(str(error).replace(str(path), Path(path).name)) from error
+def answer(model, images, count=3, layer="", name="", opacity=0.5):
+    """(an image as it is shown, {class: probability} of the `count` likeliest).
 
-
-def answer(model, path, count=3, layer="", name="", opacity=0.5):
-    """(what the network saw of the picture `path`, {class: probability} of the `count` likeliest).
-
-    `layer`: whose Grad-CAM to lay over; "" for none. `name`: for which class; "" for the likeliest.
-    Raises InputError for a picture or a `count` that can't be.
+    `images`: the one that is asked about, uint8 (1, 3, H, W). `layer`: whose Grad-CAM to lay over;
+    "" for none. `name`: for which class; "" for the likeliest.
     """
-    if not 1 <= count <= len(model.classes):
-        raise InputError(f"{count} classes can't be shown; ask for 1 to {len(model.classes)}")
-    images = photographed(path)
     shares, best = explain.probabilities(model, images)[0].topk(count)
     of = torch.tensor([model.classes.index(name)]) if name else best[:1]
     names = [model.classes[i] for i in best]
     return *shown(model, images, of, layer, opacity), dict(zip(names, shares.tolist(), strict=True))
 
 
-def resembling(model, path, images, features):
-    """[(picture, class)] of the three training images of an `ImageData` most like `path`.
+def resembling(model, asked, images, features):
+    """[(picture, class)] of the three training images of an `ImageData` most like `asked`.
 
-    `features`: the `explain.embeddings` of its training images.
+    `asked`: uint8 (1, 3, H, W). `features`: the `explain.embeddings` of the training images.
     """
-    (nearest,) = explain.nearest(explain.embeddings(model, photographed(path)), features)
+    (nearest,) = explain.nearest(explain.embeddings(model, asked), features)
     names = [images.classes[label] for label in images.train_labels[nearest]]
     return list(zip(shown(model, images.train_images[nearest]), names, strict=True))
 
@@ -158,7 +154,6 @@ def page(weights, source, *, nearest=True):
     the weights, where there is one. `nearest`: offer the nearest training images. Raises
     InputError without Gradio.
     """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio as gr  # here, because it takes seconds
     except ImportError as error:
@@ -187,35 +182,26 @@ def page(weights, source, *, nearest=True):
         wrong = shown(other, tested()[indices], results.predictions[indices], layer, opacity)
         return list(zip(wrong, captions(results, indices), strict=True))
 
+    def nearest_to(images):
+        return [] if images is None else resembling(other, images, *trained())
+
+    def asked(images, *wishes):
+        return (None, None) if images is None else answer(model, images, *wishes)
+
     def chosen(event: gr.SelectData):
         return examples()[event.index][0]
 
     def uploaded(payload):
-        """Its path. Gradio would decode it, fail without a reason, and take any path by hand."""
-        path = payload and payload.path
-        if path and not gr.utils.is_in_or_equal(path, picture.GRADIO_CACHE):
-            raise gr.Error("this file was not uploaded; upload it", print_exception=False)
-        return path
-
-    def told(function):
-        """Where the user's input can't be used, the page says why."""
-        def tell(*args):
-            try:
-                return function(*args)
-            except InputError as error:
-                raise gr.Error(str(error), print_exception=False) from error
-        return tell
+        """As the network sees it. Gradio would take any path by hand, and fail without a reason."""
+        if payload is None:
+            return None
+        if not gr.utils.is_in_or_equal(payload.path, picture.GRADIO_CACHE):
+            raise InputError("this file was not uploaded; upload it")
+        return data.photograph(payload.path)[None]
 
     def gallery(title, width):
-        """As many columns of at least `width` pixels as there is room for."""
-        style = {
-            ".grid-container": f"grid: auto-flow / repeat(auto-fill, minmax({width}px, 1fr))",
-            ".grid-wrap": "height: auto; min-height: 0; max-height: none",
-            ".caption-label": "max-width: 100%; white-space: normal",
-        }
-        rules = "".join(f".at{width} {of} {{{rule.replace(';', ' !important;')} !important}}"
-                        for of, rule in style.items())
-        gr.Markdown(f"{title}\n\n<style>{rules}</style>", sanitize_html=False)
+        """With columns of at least `width` pixels."""
+        gr.Markdown(f"{title}\n{STYLE.format(width)}", sanitize_html=False)
         return gr.Gallery(height="auto", format="png", show_label=False, elem_classes=f"at{width}",
                           allow_preview=False, interactive=False, buttons=[])
 
@@ -227,7 +213,7 @@ def page(weights, source, *, nearest=True):
         return (gr.Radio([("off", ""), *parts], value="", label="Grad-CAM of layer"),
                 gr.Slider(0, 1, 0.5, step=0.05, label="its opacity"))
 
-    with gr.Blocks(title="Ask the network") as blocks:
+    with gr.Blocks(title="Ask the network", analytics_enabled=False) as blocks:
         gr.Markdown(f"# Ask the trained network\nIt knows {', '.join(model.classes)}.")
         with gr.Tab("A picture"), gr.Row():
             with gr.Column(min_width=280):
@@ -271,17 +257,16 @@ def page(weights, source, *, nearest=True):
         in_turn = {"concurrency_id": "data", "concurrency_limit": 1, "show_progress": "minimal"}
         latest = {"trigger_mode": "always_last", "show_progress": "minimal"}
         wishes = [picture, count, layer, of, opacity]
-        asked = told(lambda path, *wishes: answer(model, path, *wishes) if path else (None, None))
         gr.on([each.change for each in wishes], asked, wishes, [seen, label], api_name="answer",
               **latest)
         if nearest:
-            found = told(lambda path: path and resembling(other, path, *trained()))
-            find.click(found, picture, alike, api_name="nearest", **in_turn)
+            find.click(nearest_to, picture, alike, api_name="nearest", **in_turn)
         wishes = [number, *pair, *cam]
-        gr.on([errors.select, *(each.change for each in wishes)], told(mistakes), wishes, wrong,
+        gr.on([errors.select, *(each.change for each in wishes)], mistakes, wishes, wrong,
               api_name="mistakes", **in_turn | latest)
-        blocks.load(told(examples), None, shelf, api_visibility="private", **in_turn)
+        blocks.load(examples, None, shelf, api_visibility="private", **in_turn)
         shelf.select(chosen, None, picture, api_visibility="private", **in_turn)
+    blocks.launch = functools.partial(blocks.launch, show_error=True)  # the page says what is wrong
     return blocks.queue(api_open=False)
 
 
