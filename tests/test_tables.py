@@ -62,7 +62,7 @@ def test_ladder_compares_each_rung_with_the_one_kept_last_seed_by_seed(tmp_path)
     titles = [("plain", "yes"), ("a", "yes"), ("b", "no"), ("c", "no"), ("flip", "yes")]
     rows = [{"rung": name, "kept": kept} for name, kept in titles]
     files.save_table(rows, tmp_path / "s10_best" / "rungs.csv")
-    assert tables.ladder(folder=tmp_path).splitlines() == [
+    assert tables.gains(folder=tmp_path).splitlines() == [
         "| rung | validation | gain |  | kept |",
         "| --- | --- | --- | --- | --- |",
         "| plain | 50.50 | – | – | – |",

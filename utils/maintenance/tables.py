@@ -95,7 +95,7 @@ def rungs(name="s10_best", folder=IMAGES):
     )
 
 
-def ladder(name="s10_best", folder=IMAGES):
+def gains(name="s10_best", folder=IMAGES):
     """What each rung brought; "undecided" where that is less than two standard errors."""
     rows = []
     for row in rungs(name, folder).itertuples():
@@ -143,7 +143,7 @@ def accuracy_by_epoch(folder=IMAGES):
 PAGES = {
     "README.md": {"results": results, "log of s12": lambda: log("s12")},
     "images/s10/README.md": {"tuning of s10": lambda: tuning("s10")},
-    "images/s10_best/README.md": {"ladder": ladder},
+    "images/s10_best/README.md": {"ladder": gains},
     "images/s10_cpu/README.md": {"tuning of s10_cpu": lambda: tuning("s10_cpu")},
     "images/benchmark/README.md": {"speeds": speeds},
 }
