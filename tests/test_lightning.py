@@ -83,7 +83,7 @@ def as_process(datamodule, rank=0, processes=1, device=CPU):
 
 @pytest.mark.parametrize("name, changes", [
     ("s10", {}), ("s10_cpu", {"sizes": (8, 16)}), ("resnet9", {}), ("s12", {}),
-    ("s10_best", {"ghost_batch": 6}),
+    ("s10_best", {}),
 ])
 def test_both_loops_train_the_same(name, changes, tmp_path):
     """The weights are equal bit for bit; the figures up to float32's rounding of the sums."""

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -15,13 +13,11 @@ from utils import InputError, files, run
 from utils.models import (
     MODELS,
     CustomResNet,
-    GhostBatchNorm,
     ResidualLayer,
     ResNet9,
     build,
     dirac_init,
     load_weights,
-    network,
     whiten,
 )
 from utils.recipes import Recipe, recipe
@@ -184,46 +180,6 @@ def test_whitening_makes_the_outputs_uncorrelated():
     assert torch.equal(model.prep[0].weight[54:], random)
 
 
-@settings(deadline=None, max_examples=30)
-@given(count=st.integers(2, 12), size=st.integers(2, 6))
-def test_ghost_batches_are_normalised_each_by_itself(count, size):
-    layer = GhostBatchNorm(3, size).train()
-    x = torch.randn(count, 3, 4, 4) * torch.arange(1, count + 1).view(-1, 1, 1, 1)
-    parts = -(-count // size)
-    for ghost, result in zip(x.tensor_split(parts), layer(x).tensor_split(parts), strict=True):
-        assert len(ghost) <= size
-        mean, variance = ghost.mean((0, 2, 3), True), ghost.var((0, 2, 3), False, keepdim=True)
-        torch.testing.assert_close(result, (ghost - mean) / (variance + 1e-5).sqrt())
-    assert layer.num_batches_tracked == parts
-    plain = nn.BatchNorm2d(3).eval()
-    plain.load_state_dict(layer.state_dict())
-    assert torch.equal(layer.eval()(x), plain(x))
-
-
-def test_ghost_batches_remember_as_many_images_as_batches_of_512():
-    x = torch.ones(512, 2, 1, 1)
-    ghost, plain = GhostBatchNorm(2, 32), nn.BatchNorm2d(2)
-    ghost(x), plain(x)
-    assert ghost.running_mean[0].item() == pytest.approx(1 - (1 - 0.1 / 16) ** 16)
-    assert ghost.running_mean[0].item() == pytest.approx(plain.running_mean[0].item(), rel=0.05)
-
-
-def test_other_activation_and_normalisation_replace_all_of_them():
-    model = build(recipe("s10_best").replace(width=4), tiny_images())
-    kinds = [type(layer) for layer in model.modules()]
-    assert (kinds.count(nn.CELU), kinds.count(GhostBatchNorm)) == (8, 8)
-    assert not {nn.ReLU, nn.BatchNorm2d} & set(kinds)
-    plain = CustomResNet(3, width=4)
-    assert {name: p.shape for name, p in model.state_dict().items()} == {
-        name: p.shape for name, p in plain.state_dict().items()
-    }
-
-
-def test_s10_best_has_no_more_parameters_than_the_assignment():
-    model = network(10, model="custom_resnet", activation="celu", ghost_batch=32)
-    assert sum(p.numel() for p in model.parameters()) == 6_573_130
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_quarter_of_the_width_is_a_sixteenth_of_the_convolutions(name):
     whole, quarter = ([p.numel() for p in MODELS[name](width=width).parameters() if p.ndim == 4]
@@ -231,15 +187,13 @@ def test_a_quarter_of_the_width_is_a_sixteenth_of_the_convolutions(name):
     assert [count // 16 for count in whole[1:]] == quarter[1:] and whole[0] // 4 == quarter[0]
 
 
-def test_weights_file_knows_width_and_activation(tmp_path):
-    changed = recipe("s10_best").replace(width=4)
-    images = tiny_images(16)
-    model = build(changed, images)
-    about = run.weights_metadata(changed, images)
-    files.save_weights(model, tmp_path / "w.safetensors", metadata=about)
-    loaded = load_weights(tmp_path / "w.safetensors")
+def test_weights_file_knows_the_width(tmp_path):
+    narrow = recipe("s10_best").replace(width=4)
+    images, path = tiny_images(16), tmp_path / "weights.safetensors"
+    model = build(narrow, images)
+    files.save_weights(model, path, metadata=run.weights_metadata(narrow, images))
     x = torch.randn(2, 3, 16, 16)
-    assert torch.equal(loaded(x), model.eval()(x))
+    assert torch.equal(load_weights(path)(x), model.eval()(x))
 
 
 SMALL = Recipe(name="small")

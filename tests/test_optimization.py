@@ -92,19 +92,6 @@ def test_logit_scale_trains_as_if_the_logits_were_multiplied():
     torch.testing.assert_close(outer.body.weight, inner.body.weight)
 
 
-def test_biases_of_batch_norm_have_a_rate_of_their_own_and_its_scales_are_fixed():
-    settings = SGD.replace(model="custom_resnet", width=2, bias_factor=64, weight_decay=0.5)
-    model = build(settings, tiny_images())
-    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    weights, biases = make_optimizer(model, settings).param_groups
-    assert set(biases["params"]) == {layer.bias for layer in norms}
-    assert (biases["lr"], biases["weight_decay"]) == (64 * settings.min_lr, 0.5 / 64)
-    assert (weights["lr"], weights["weight_decay"]) == (settings.min_lr, 0.5)
-    scales = {layer.weight for layer in norms}
-    assert {p for p in model.parameters() if not p.requires_grad} == scales
-    assert set(weights["params"]) == set(model.parameters()) - scales - set(biases["params"])
-
-
 def test_what_whitens_is_left_as_it_is():
     settings = SGD.replace(whiten=True, width=2)
     model = build(settings, tiny_images())

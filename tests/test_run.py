@@ -114,7 +114,7 @@ def test_weights_give_the_reported_accuracy_and_say_what_they_are_of(out):
     assert model.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
     assert model.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), rel=1e-9)
     assert model.metadata == {
-        "recipe": "s10", "seed": 0, "model": "custom_resnet", "fc_bias": True,
+        "recipe": "s10", "seed": 0, "model": "custom_resnet", "fc_bias": True, "width": 64,
         "classes": ["a", "b", "c"], "mean": list(model.mean), "std": list(model.std),
         "data": images.fingerprint,
     }

@@ -210,7 +210,7 @@ def test_averaged_weights_are_the_running_average_of_all_steps(small_network, mo
 
 @pytest.mark.parametrize("steps", [4, 9])  # of nine: in the second epoch, and after the last
 def test_a_resumed_run_ends_with_the_averaged_weights(steps, tmp_path, small_network):
-    recipe = TINY.replace(averaging=0.75, alternating_flip=True, optimizer="sgd", bias_factor=8)
+    recipe = TINY.replace(averaging=0.75, alternating_flip=True)
     whole, history = train(tmp_path / "whole.pt", recipe=recipe)
     if steps < 9:
         with cut_off_after(steps):

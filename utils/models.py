@@ -120,45 +120,15 @@ class ResNet9(_Classifier):
         return x + self.res2(x)
 
 
-class GhostBatchNorm(nn.BatchNorm2d):
-    """BatchNorm that in training normalises at most `size` images together: its ghost batches.
-
-    The running statistics remember as many images as BatchNorm's in batches of 512.
-    Source: Hoffer, Hubara & Soudry, "Train longer, generalize better" (2017).
-    """
-
-    def __init__(self, channels, size):
-        super().__init__(channels, momentum=0.1 * size / 512)
-        self.size = size
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        parts = x.tensor_split(-(-len(x) // self.size))
-        return torch.cat([*map(super().forward, parts)])
-
-
 MODELS = {"custom_resnet": CustomResNet, "resnet9": ResNet9}
-ARCHITECTURE = ("model", "fc_bias", "width", "activation")  # what of a recipe its weights need
-
-
-def network(classes, *, model, fc_bias=True, width=64, activation="relu", ghost_batch=None):
-    """The network of these settings of a recipe, for that number of classes."""
-    made = MODELS[model](classes, fc_bias=fc_bias, width=width)
-    for block in [*made.modules()]:
-        for name, layer in block.named_children():
-            if isinstance(layer, nn.ReLU) and activation == "celu":
-                setattr(block, name, nn.CELU(0.3))
-            if isinstance(layer, nn.BatchNorm2d) and ghost_batch:
-                setattr(block, name, GhostBatchNorm(layer.num_features, ghost_batch))
-    return made
+ARCHITECTURE = ("fc_bias", "width")  # settings of a recipe that its weights need
 
 
 def build(recipe, images, *, seed=0):
     """The recipe's network for an `ImageData`, initialised by `seed`, on the CPU, channels_last."""
     torch.manual_seed(seed)
     settings = {name: getattr(recipe, name) for name in ARCHITECTURE}
-    model = network(len(images.classes), ghost_batch=recipe.ghost_batch, **settings)
+    model = MODELS[recipe.model](len(images.classes), **settings)
     with torch.no_grad():
         model.fc.weight *= recipe.logit_scale
     if recipe.dirac:
@@ -167,10 +137,6 @@ def build(recipe, images, *, seed=0):
         # from all over them: in a folder they are sorted by class
         some = images.train_images[:: max(1, len(images.train_images) // 1000)][:1000]
         whiten(model, Normalization(*images.statistics)(some))
-    if recipe.bias_factor != 1:
-        for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.weight.requires_grad_(False)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -184,9 +150,8 @@ def load_weights(path):
     tensors, metadata = files.read_weights(path)
     try:
         classes, mean, std = (tuple(metadata[name]) for name in ("classes", "mean", "std"))
-        # an older file does not name them all
         settings = {name: metadata[name] for name in ARCHITECTURE if name in metadata}
-        model = network(len(classes), **settings)
+        model = MODELS[metadata["model"]](len(classes), **settings)
         model.load_state_dict(tensors)
         if not len(mean) == len(std) == 3:
             raise ValueError("mean and std are of three channels")

@@ -24,25 +24,20 @@ def make_optimizer(model, recipe, *, dtype=None):
     With `logit_scale` s the linear layer is in a group of its own, with the "factor" s² for its
     rate. Under SGD, but for decay and the first bias, this is training with the logits times s: for
     weights w·s the gradient is s times as large, and a step of w moves the logits s times as far.
-    With `bias_factor` BatchNorm's biases are another group: their rate is as many times as high,
-    and what decays in a step is the same share as of the others. What is fixed is in no group.
+    What is fixed is in no group.
     """
-    biases = {id(m.bias) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    groups = {(1.0, recipe.weight_decay): []}
+    groups = {1.0: []}
     for name, parameter in model.named_parameters():
-        factor, decay = 1.0, recipe.weight_decay
-        if name.startswith("fc."):
-            factor = recipe.logit_scale**2
-        elif id(parameter) in biases:
-            factor, decay = recipe.bias_factor, decay / recipe.bias_factor
+        factor = recipe.logit_scale**2 if name.startswith("fc.") else 1.0
         if parameter.requires_grad:
-            groups.setdefault((factor, decay), []).append(parameter)
+            groups.setdefault(factor, []).append(parameter)
     parameters = [
-        {"params": members, "lr": recipe.min_lr * factor, "factor": factor, "weight_decay": decay}
-        for (factor, decay), members in groups.items()
+        {"params": members, "lr": recipe.min_lr * factor, "factor": factor}
+        for factor, members in groups.items()
     ]
+    settings = {"lr": recipe.min_lr, "weight_decay": recipe.weight_decay}
     # Lightning's mixed precision refuses to clip gradients for a fused optimizer.
-    settings = {"lr": recipe.min_lr, "fused": not recipe.gradient_clip}
+    settings["fused"] = not recipe.gradient_clip
     if recipe.optimizer == "sgd":
         # Where float16 overflows in the first step, fused SGD never sets its momentum.
         settings["fused"] &= dtype != torch.float16

@@ -40,10 +40,6 @@ class Recipe(BaseModel):
     """whether its linear layer has a bias"""
     width: PositiveInt = 64
     """channels of its first convolution; the later ones have 2, 4 and 8 times as many"""
-    activation: Literal["relu", "celu"] = "relu"
-    """celu is CELU with alpha 0.3: smooth, and not below -0.3"""
-    ghost_batch: Annotated[int, Field(ge=2)] | None = None
-    """images, at most, that BatchNorm normalises together in training; None: the whole batch"""
     epochs: PositiveInt = 24
     """length of the run; the peak moves along"""
     peak_epoch: PositiveFloat = 5
@@ -64,9 +60,6 @@ class Recipe(BaseModel):
     """momentum (Adam's first beta) from 0.95 down to 0.85 at the peak, and up again"""
     weight_decay: NonNegativeFloat = 0.0
     """decay of all parameters"""
-    bias_factor: PositiveFloat = 1.0
-    """factor of the rate of BatchNorm's biases, whose decay it divides; with one, BatchNorm's
-    scales stay at 1"""
     averaging: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of the weights' running average that stays at each step; the average is what is
     evaluated and kept; 0: none"""
@@ -251,13 +244,9 @@ _RECIPES = [
         logit_scale=0.125,
         whiten=True,
         dirac=True,
-        activation="celu",
-        ghost_batch=32,
-        bias_factor=64.0,
         averaging=0.99,
         alternating_flip=True,
         padding_mode="reflect",
-        cutout=0,
     ),
     # Under PyTorch Lightning, with more augmentation and regularisation. AdamW, because the decay
     # in Adam's gradient (L2) is divided by each weight's own gradient scale: it bears hardest on

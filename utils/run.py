@@ -164,7 +164,7 @@ def weights_metadata(recipe, images, *, seed=0):
     mean, std = images.statistics
     return {
         "recipe": recipe.name, "seed": seed,
-        **{name: getattr(recipe, name) for name in ARCHITECTURE},
+        "model": recipe.model, **{name: getattr(recipe, name) for name in ARCHITECTURE},
         "classes": list(images.classes), "mean": mean.tolist(), "std": std.tolist(),
         "data": images.fingerprint,
     }
