@@ -340,7 +340,7 @@ def test_accuracy_band_is_mean_and_range_of_the_runs():
 def test_ladder_goes_down_and_tells_each_gain():
     ax = plotting.ladder(RUNGS)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "a", "b"]
-    assert [text.get_text() for text in ax.texts] == ["+2.00 ± 1.00", "+3.50 ± 0.50"]
+    assert [text.get_text() for text in ax.texts] == ["gain", "+2.00 ± 1.00", "+3.50 ± 0.50"]
     *dots, means, kept = ax.lines
     assert [list(line.get_xdata()) for line in dots] == [[50, 52], [53, 53], [54, 55]]
     assert list(means.get_xdata()) == [51, 53, 54.5] and list(means.get_ydata()) == [0, 1, 2]

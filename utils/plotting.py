@@ -252,11 +252,10 @@ def ladder(rungs, *, ax=None):
     ax = _single(ax, (7.2, 0.7 + 0.36 * len(rungs)))
     for y, row in enumerate(rungs.itertuples()):
         ax.plot(row.accuracies, [y] * len(row.accuracies), "o", color=GREY, markersize=3)
-        if y:
-            ax.annotate(
-                f"{row.gain:+.2f} ± {row.error:.2f}", (1.02, y), va="center", annotation_clip=False,
-                xycoords=ax.get_yaxis_transform(),
-            )
+        ax.annotate(
+            f"{row.gain:+.2f} ± {row.error:.2f}" if y else "gain", (1.02, y), va="center",
+            annotation_clip=False, xycoords=ax.get_yaxis_transform(),
+        )
     means = rungs["accuracies"].map(np.mean)
     ax.plot(means, means.index, "D", color=BLUE, fillstyle="none")
     means = means[rungs["kept"] == "yes"]
