@@ -1,5 +1,6 @@
 """What is drawn is what was given, readable, and nothing else is touched."""
 
+import re
 from functools import partial
 
 import matplotlib
@@ -553,3 +554,17 @@ def test_network_leaves_the_model_alone():
 
 def test_network_tells_operations_in_the_order_of_the_model():
     assert columns(plotting.network(RESNET9))[2][2] == "conv 3×3, 128\nBN, ReLU\nmax-pool 2"
+
+
+@pytest.mark.parametrize("change, found", [(-1.5, "-1.50..-0.50"), (float("nan"), "nan..nan")])
+def test_a_normalised_picture_is_refused(change, found):
+    images = pictures(1).float().clamp(0, 1)
+    images[0, 0, 0, 0], images[0, 0, 0, 1] = 0, 1
+    with pytest.raises(ValueError, match=rf"in 0\.\.1, got {re.escape(found)}: undo"):
+        plotting.image_grid(images + change, ["a"])
+
+
+def test_rounding_errors_of_an_undone_normalisation_are_cut_off():
+    images = torch.tensor([-1e-4, 0.5, 1 + 1e-4]).view(1, 3, 1, 1)
+    (ax,) = plotting.image_grid(images, ["a"]).flat
+    assert ax.images[0].get_array().tolist() == [[[0, 0.5, 1]]]

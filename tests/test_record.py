@@ -249,6 +249,13 @@ def test_runs_that_do_not_belong_together(copy, images, change, words):
     assert not (copy / "new").exists()
 
 
+def test_weights_too_large_for_half_precision_are_refused():
+    model = torch.nn.Linear(1, 1)
+    model.bias.data.fill_(70000)
+    with pytest.raises(InputError, match="^bias is too large for float16"):
+        record.half(model)
+
+
 # What was tried
 
 

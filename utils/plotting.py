@@ -2,7 +2,8 @@
 
 A function draws into the axes it is given, or into a new figure, and returns the axes; grids of
 pictures are always new figures. None of them calls `plt.show()`. `images` are tensors (N, 3, H, W),
-uint8 or float in 0..1, so a normalised batch has to be brought back to 0..1 first.
+uint8 or float in 0..1, so a normalised batch has to be brought back to 0..1 first; ValueError says
+so.
 """
 
 import copy
@@ -439,8 +440,20 @@ def _stages(model, size):
 
 
 def _pixels(images):
-    """Turns (N, 3, H, W) into the array (N, H, W, 3) that matplotlib shows."""
-    return images.detach().cpu().permute(0, 2, 3, 1).numpy()
+    """Turns (N, 3, H, W) into the array (N, H, W, 3) that matplotlib shows.
+
+    Raises ValueError for floats outside 0..1.
+    """
+    images = images.detach().cpu()
+    if images.is_floating_point():
+        # Undoing a normalisation leaves rounding errors; anything larger is a mistake.
+        if not -1e-3 <= images.min() <= images.max() <= 1 + 1e-3:
+            raise ValueError(
+                f"float images must lie in 0..1, got {images.min():.2f}..{images.max():.2f}: "
+                "undo the normalisation first"
+            )
+        images = images.clamp(0, 1)
+    return images.permute(0, 2, 3, 1).numpy()
 
 
 def _single(ax, size):

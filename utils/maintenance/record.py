@@ -100,9 +100,17 @@ def keep(name, outs, images, folder, *, weights=False, device):
         files.save_figure(ax.figure, folder / "accuracy.png")
     if weights:
         model, path = load_weights(median / "weights.safetensors"), folder / "weights.safetensors"
-        files.save_weights(model.half(), path, metadata=model.metadata)
+        files.save_weights(half(model), path, metadata=model.metadata)
         results = explain.predictions(load_weights(path).to(device), images)
         save_predictions(results, folder / "predictions.safetensors")
+
+
+def half(model):
+    """The model in float16. Raises InputError where a number is too large for it."""
+    for name, tensor in model.half().state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{name} is too large for float16; record without --weights")
+    return model
 
 
 def check(name, runs, images):
