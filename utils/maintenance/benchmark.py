@@ -1,14 +1,13 @@
 """Speeds side by side, in one run on this machine: `python -m utils.maintenance.benchmark`.
 
 The rate of large matrix products, the input image by image and in batches, training as a
-plain loop does it and as we do, and where the time and memory of a step go. The images are
-noise: speed does not depend on what they show.
+plain loop does it and as we do, and where the time of a step goes. The images are noise: speed
+does not depend on what they show.
 """
 
 import contextlib
 import io
 import itertools
-import re
 import statistics
 import tempfile
 import time
@@ -37,16 +36,11 @@ BATCH_SIZE = recipe("s10").batch_size
 SINGLE, BATCHED = "input, one image at a time", "input, whole batches"
 PLAIN, OURS, LIGHTNING = "training, plain", "training, ours", "training, ours in Lightning"
 GIVEN_BACK = "training, ours, freed memory given back"
-KINDS = {  # of operations, by what is in their names: the first that fits
-    "convolution, backward": "conv.*backward", "convolution, forward": "conv",
-    "batch norm": "batch_?norm", "max-pool": "max_?pool", "ReLU": "relu|clamp_min|threshold",
-    "all else": "",
-}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measures input and training side by side, and where the time and memory of a step go."""
+    """Measures input and training side by side, and where the time of a step goes."""
 
     device: str | None = None
     """None: the best there is"""
@@ -82,17 +76,22 @@ def main(arguments=None):
 def measure(*, device, images, batch_size=BATCH_SIZE, repeats=2):
     """Everything, as a DataFrame: what, unit, median, lowest, highest; and `median_phases`."""
     dtype = devices.amp_dtype(device)
-    pixels, how = noise(images), {"device": device, "dtype": dtype, "batch_size": batch_size}
-    rows, by_phase = [], {}
+    pixels = noise(images)
+    how = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    rows = []
 
     def add(what, unit, values, per=(1,), scale=1.0):
         middle = scale * statistics.median(values) / statistics.median(per)
-        low, high = scale * min(values) / max(per), scale * max(values) / min(per)
+        low = scale * min(values) / max(per)
+        high = scale * max(values) / min(per)
         rows.append(dict(what=what, unit=unit, median=middle, lowest=low, highest=high))
 
-    for kind in dict.fromkeys([torch.float32, dtype or torch.float32]):
-        limit = own_process(None, matmul_rates, device, kind)
-        add(f"matrix product, {devices.dtype_name(kind)}", "GFLOP/s", limit, scale=1e-9)
+    products = {
+        devices.dtype_name(each): own_process(None, matmul_rates, device, each)
+        for each in dict.fromkeys([torch.float32, dtype or torch.float32])
+    }
+    for name, rates in products.items():
+        add(f"matrix product, {name}", "GFLOP/s", rates, scale=1e-9)
     speeds = input_speeds(pixels, device) | training_speeds(pixels, epochs=1 + repeats, **how)
     for name, values in speeds.items():
         add(name, "images/s", values)
@@ -100,15 +99,15 @@ def measure(*, device, images, batch_size=BATCH_SIZE, repeats=2):
     add("our training over plain", "times", speeds[OURS], speeds[PLAIN])
     add("Lightning over our loop", "times", speeds[LIGHTNING], speeds[OURS])
     add("freed memory kept over given back", "times", speeds[OURS], speeds[GIVEN_BACK])
-    add("our training over the matrix product", "times", speeds[OURS], limit, training_flops())
-    for way, prepare in (("plain", None), ("ours", devices.prepare)):
-        by_phase[way], memory, shares = own_process(prepare, step_details, way, pixels, **how)
-        for phase, values in by_phase[way].items():
+    add("our training over the matrix product", "times", speeds[OURS],
+        products[devices.dtype_name(dtype)], training_flops())
+    by_phase = {
+        "plain": own_process(None, plain_phases, pixels, **how),
+        "ours": own_process(devices.prepare, our_phases, pixels, **how),
+    }
+    for way, times in by_phase.items():
+        for phase, values in times.items():
             add(f"training, {way}: {phase}", "ms/image", values)
-        if memory:
-            add(f"training, {way}: memory of a step", "MiB", [memory])
-    for kind, share in shares.items():
-        add(f"training, ours: {kind}", "% of the step", [share])
     return pd.DataFrame(rows), median_phases(by_phase)
 
 
@@ -127,9 +126,10 @@ def matmul_rates(device, dtype):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     size, queued = (4096, 1) if device.type == "cpu" else (8192, 20)
     factors = {name: torch.randn(size, size, device=device, dtype=dtype) for name in "ab"}
-    products, threads = f"for _ in range({queued}): a @ b", torch.get_num_threads()
-    times = Timer(products, globals=factors, num_threads=threads).blocked_autorange(min_run_time=2)
-    return [2 * size**3 * queued / seconds for seconds in times.times]
+    products = f"for _ in range({queued}): a @ b"
+    timer = Timer(products, globals=factors, num_threads=torch.get_num_threads())
+    times = timer.blocked_autorange(min_run_time=2).times
+    return [2 * size**3 * queued / seconds for seconds in times]
 
 
 def input_speeds(images, device):
@@ -250,49 +250,29 @@ def phases(batches, model, optimizer, *, device, dtype=None, layout=torch.contig
     return {phase: values[1:] for phase, values in times.items()}
 
 
-def training_steps(images, *, device, dtype=None, batch_size=BATCH_SIZE):
-    """{"plain": …, "ours": …}: functions that train for at most six steps and return `phases`.
+def plain_phases(images, *, device, dtype=None, batch_size=BATCH_SIZE):
+    """`phases` of a plain training on an `ImageData`, in float32 whatever `dtype`.
 
-    On the images of an `ImageData`, without workers, whose time would be hidden in other phases.
+    Without workers, whose time would be hidden in the other phases.
     """
     settings = recipe("s10").scaled(batch_size=batch_size)
+    return phases(*plain_parts(settings, images, device), device=device)
+
+
+def our_phases(images, *, device, dtype=None, batch_size=BATCH_SIZE):
+    """`phases` of recipe s10 on an `ImageData`."""
+    settings = recipe("s10").scaled(batch_size=batch_size)
+    batches = training_batches(settings, images, device=device)
     model = build(settings, images).to(device)
     optimizer = make_optimizer(model, settings, dtype=dtype)
-    ours = training_batches(settings, images, device=device), model, optimizer
-    return {
-        "plain": partial(phases, *plain_parts(settings, images, device), device=device),
-        "ours": partial(phases, *ours, device=device, dtype=dtype, layout=torch.channels_last),
-    }
+    return phases(
+        batches, model, optimizer, device=device, dtype=dtype, layout=torch.channels_last
+    )
 
 
 def step_phases(images, **how):
-    """{"plain": …, "ours": …} of `phases` of both trainings; `how`: see `training_steps`."""
-    return {way: steps() for way, steps in training_steps(images, **how).items()}
-
-
-def step_details(way, images, *, device, **how):
-    """`phases`, MiB and {kind of operation: %} of one of the `training_steps`.
-
-    MiB: what a step needs at its peak on top of the data set, the weights, the gradients and the
-    optimizer's state; 0 unless on CUDA. %: the share of the device's time, by `KINDS`, without
-    those of which there is nothing to be seen.
-    """
-    steps = training_steps(images, device=device, **how)[way]
-    times, before = steps(), torch.cuda.memory_allocated()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with torch.profiler.profile() as profiler:
-        steps()
-    peak = torch.cuda.max_memory_allocated() - before
-    self_time = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
-    shares = dict.fromkeys(KINDS, 0.0)
-    for event in profiler.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CPU:  # which has its kernels' time too
-            fits = (kind for kind, part in KINDS.items() if re.search(part, event.key, re.I))
-            shares[next(fits)] += getattr(event, self_time)
-    total = sum(shares.values())
-    shares = {kind: 100 * share / total for kind, share in shares.items() if share}
-    return times, peak / 2**20, shares
+    """{"plain": …, "ours": …} of `phases`, in this process; `how`: see `our_phases`."""
+    return {"plain": plain_phases(images, **how), "ours": our_phases(images, **how)}
 
 
 def median_phases(by_phase):
