@@ -90,8 +90,9 @@ def overlap(boxes):
 
 
 RUNGS = pd.DataFrame({
-    "rung": ["plain", "a", "b"], "kept": ["yes", "no", "yes"],
-    "accuracies": [[50, 52], [53, 53], [54, 55]], "gain": [0, 2.0, 3.5], "error": [0, 1.0, 0.5],
+    "rung": ["plain", "a", "b"], "on": ["", "1", "1"], "kept": ["yes", "no", "yes"],
+    "accuracies": [[50, 52], [63, 62], [64, 65]], "mean": [51, 62.5, 64.5],
+    "gain": ["–", "+11.50 ± 1.00", "+13.50 ± 1.00"],
 })
 RATES = {"raw_losses": [2.0, 1.5, 8.0], "suggestion": 5e-3, "min_lr": 1e-3, "max_lr": 2e-2}
 
@@ -338,15 +339,16 @@ def test_accuracy_band_is_mean_and_range_of_the_runs():
     assert "2 runs" in ax.get_ylabel()
 
 
-def test_ladder_goes_down_and_tells_each_gain():
+def test_ladder_goes_down_and_tells_each_gain_and_on_which_rung():
+    """From where the later rungs begin: the first one's mean is a number."""
     ax = plotting.ladder(RUNGS)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "a", "b"]
-    assert [text.get_text() for text in ax.texts] == ["gain", "+2.00 ± 1.00", "+3.50 ± 0.50"]
+    assert ticks(ax.yaxis) == ["plain  1", "a  2", "b  3"]
+    assert texts(ax) == ["51.00", "+11.50 ± 1.00 on 1", "+13.50 ± 1.00 on 1"]
     *dots, means, kept = ax.lines
-    assert [list(line.get_xdata()) for line in dots] == [[50, 52], [53, 53], [54, 55]]
-    assert list(means.get_xdata()) == [51, 53, 54.5] and list(means.get_ydata()) == [0, 1, 2]
-    assert list(kept.get_xdata()) == [51, 54.5] and list(kept.get_ydata()) == [0, 2]
-    assert ax.yaxis_inverted()
+    assert [list(line.get_xdata()) for line in dots] == [[50, 52], [63, 62], [64, 65]]
+    assert list(means.get_xdata()) == [51, 62.5, 64.5] and list(means.get_ydata()) == [0, 1, 2]
+    assert list(kept.get_xdata()) == [51, 64.5] and list(kept.get_ydata()) == [0, 2]
+    assert ax.get_xlim()[0] == 61.5 and ax.yaxis_inverted()
 
 
 def test_compare_curves_draws_sources_in_the_colour_of_their_recipe_and_runs_of_any_length():
@@ -445,20 +447,23 @@ def test_per_class_accuracy_writes_numbers_at_the_right_end_of_the_bars_and_none
 
 
 def test_calibration_draws_accuracy_by_confidence_the_gap_and_the_share_of_each_bin():
-    """0.95 twice and 0.98, two of them right, and 0.62, wrong."""
-    confidences = torch.tensor([0.95, 0.95, 0.98, 0.62])
+    """20 of 0.62, wrong; 20 of 0.95 and 20 of 0.98, 40 of these right; and 19 that don't count."""
+    confidences = torch.tensor([0.95, 0.95, 0.98, 0.62]).repeat(20)
+    labels = torch.tensor([0, 0, 1, 1]).repeat(20)
+    confidences = torch.cat([confidences, torch.full((19,), 0.72)])
     logits = torch.stack([confidences.log(), (1 - confidences).log()], dim=1)
-    ax = plotting.calibration(Results(logits, torch.tensor([0, 0, 1, 1])))
+    ax = plotting.calibration(Results(logits, torch.cat([labels, torch.zeros(19).long()])))
     points = [[62, 0], [96, 200 / 3]]
     drawn = ax.lines[1].get_xydata()
     assert drawn[np.isfinite(drawn).all(axis=1)] == pytest.approx(np.array(points), rel=1e-5)
-    gaps = [line for line in ax.collections[0].get_segments() if len(line) == 2]  # no empty bin's
+    gaps = [line for line in ax.collections[0].get_segments() if len(line) == 2]  # no small bin's
     assert np.array(gaps) == pytest.approx(np.array([[[x, x], [x, y]] for x, y in points]), 1e-5)
     bars = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in ax.patches}
-    assert {x: y for x, y in bars.items() if y} == pytest.approx({190 / 3: 25, 290 / 3: 75})
-    assert texts(ax) == ["1", "3"]
+    shares = {190 / 3: 2000 / 99, 70: 1900 / 99, 290 / 3: 6000 / 99}
+    assert {x: y for x, y in bars.items() if y} == pytest.approx(shares)
+    assert texts(ax) == ["20", "19", "60"]
     named = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert "gap, on average 37.50 % (ECE)" in named  # (62 + 3 · (96 - 200/3)) / 4
+    assert "gap, on average 35.68 % (ECE)" in named  # (20 · 62 + 60 · (96 - 200/3) + 19 · 28) / 99
 
 
 # Where the time goes

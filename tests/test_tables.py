@@ -1,6 +1,4 @@
-"""The pages' tables, and the picture of all recipes, of files made by hand."""
-
-import matplotlib.pyplot as plt
+"""The pages' tables and pictures, of files made by hand."""
 
 from utils import files
 from utils.maintenance import tables
@@ -16,7 +14,7 @@ def write_runs(folder, *runs):
 
 
 def test_results(tmp_path):
-    """In the order of recipes.csv; the spread is that of a sample."""
+    """In the order of recipes.csv; the spread is that of a sample; below what has no run."""
     (tmp_path / "recipes.csv").write_text(
         "folder,what,source\ns10,first,a.b/c\ns10/other,\"x, y\",\ns10_cpu,,\ns12,last,d\n"
         "resnet9,none,e\n"
@@ -25,18 +23,24 @@ def test_results(tmp_path):
     write_runs(tmp_path, RUN, {**RUN, "test_acc": 94, "train_acc": 98.6, "seconds": 102,
                                "device": "B CPU, 12 thread(s)"})
     files.save_table([{**RUN, "changed": "cutout=0; loop=x"}], tmp_path / "s10/other/runs.csv")
-    assert tables.results(tmp_path).splitlines() == [
+    rows = [
         "| recipe | what | claim: train / test | test | with flip | train | epochs | time |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| `s10` | first | [98.60&nbsp;/&nbsp;93.07](a.b/c) | 93.50 ± 0.71 (n = 2) | 93.50 ± 0.00 "
         "| 98.55 ± 0.07 | 24 | 1.6 min, A, float32; B ×12, float32 |",
         "| `s10` `cutout=0`, `loop=x` | x, y | – | 93.00 (n = 1) | 93.50 | 98.50 | 24 "
         "| 1.5 min, A, float32 |",
-        "| `s10_cpu` |  | – | not yet | – | – | – | – |",
-        "| `s12` | last | [–&nbsp;/&nbsp;–](d) | 93.00 (n = 1) | 93.50 | 98.50 | 5 of 24 "
+        "| `s12` | last | [–&nbsp;/&nbsp;–](d) | 93.00 (n = 1) | 93.50 | 98.50 | 5 "
         "| 50.0 min, A, float32 |",
-        "| `resnet9` | none | [–&nbsp;/&nbsp;90.71](e) | not yet | – | – | – | – |",
     ]
+    sentence = (
+        "Recipes without a full run here, and their claims: `python -m utils.train s10_cpu` (–), "
+        "`python -m utils.train resnet9` ([–&nbsp;/&nbsp;90.71](e))."
+    )
+    assert tables.results(tmp_path).splitlines() == [*rows, "", sentence]
+    for name in ("s10_cpu", "resnet9"):
+        write_runs(tmp_path, {**RUN, "recipe": name})
+    assert sentence[:7] not in tables.results(tmp_path)
 
 
 def test_tuning(tmp_path):
@@ -49,27 +53,29 @@ def test_tuning(tmp_path):
     ]
 
 
-def test_ladder_compares_each_rung_with_the_one_kept_last_seed_by_seed(tmp_path):
+def test_ladder_compares_each_rung_with_the_one_it_stands_on(tmp_path):
+    """The variances of the four pairs, of one degree of freedom each: 0.5, 2, 4.5, 1."""
     trials = [
         {"changed": changed, "seed": seed, "validation_acc": plain, "validation_acc_flip": flipped}
         for changed, seed, plain, flipped in [
-            ("a=1; b=2", 1, 51, 0), ("a=1; b=2", 0, 50, 0),
+            ("a=1; b=2", 0, 50, 0), ("a=1; b=2", 1, 51, 0),
             ("b=2", 0, 53, 54), ("b=2", 1, 55, 57.5),
-            ("", 0, 52, 0), ("", 1, 55, 0), ("c=3", 0, 52, 0), ("c=3", 1, 52.5, 0),
+            ("", 0, 52, 0), ("", 1, 55, 0), ("c=3", 0, 52, 0), ("c=3", 1, 52 + 2**0.5, 0),
         ]
     ]
     files.save_table(trials, tmp_path / "s10_best" / "tuning.csv")
-    titles = [("plain", "yes"), ("a", "yes"), ("b", "no"), ("c", "no"), ("flip", "yes")]
-    rows = [{"rung": name, "kept": kept} for name, kept in titles]
+    titles = [("plain", "", "yes"), ("a", 1, "yes"), ("b", 2, "no"), ("c", 3, "no"),
+              ("flip", 2, "yes")]
+    rows = [{"rung": name, "on": on, "kept": kept} for name, on, kept in titles]
     files.save_table(rows, tmp_path / "s10_best" / "rungs.csv")
     assert tables.gains(folder=tmp_path).splitlines() == [
-        "| rung | validation | gain |  | kept |",
-        "| --- | --- | --- | --- | --- |",
-        "| plain | 50.50 | – | – | – |",
-        "| a | 54.00 | +3.50 ± 0.50 | helps | yes |",
-        "| b | 53.50 | -0.50 ± 0.50 | undecided | no |",
-        "| c | 52.25 | -1.75 ± 0.75 | harms | no |",
-        "| flip | 55.75 | +1.75 ± 0.75 | helps | yes |",
+        "|  | rung | stands on | validation | gain | kept |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| 1 | plain | – | 50.50 | – | yes |",
+        "| 2 | a | 1 | 54.00 | +3.50 ± 1.41 | yes |",
+        "| 3 | b | 2 | 53.50 | -0.50 ± 1.41 | no |",
+        "| 4 | c | 3 | 52.71 | -0.79 ± 1.41 | no |",
+        "| 5 | flip | 2 | 55.75 | +1.75 ± 1.41 | yes |",
     ]
 
 
@@ -92,12 +98,11 @@ def test_a_log_is_that_of_the_first_run_as_it_was_printed(tmp_path):
     ]
 
 
-def test_the_picture_has_means_of_whole_runs_and_their_sources(tmp_path, monkeypatch):
-    """Neither a shortened run nor a source that began with trained weights."""
+def test_the_picture_has_means_of_the_runs_and_their_sources(tmp_path, monkeypatch):
+    """But no source that began with trained weights."""
     for seed, rise in enumerate((3, 4)):
         rows = history(*(rise * epoch for epoch in range(10)))
         files.save_table(rows, tmp_path / "s10_cpu" / f"history_seed{seed}.csv")
-    files.save_table(history(1, 2), tmp_path / "s12" / "history_seed0.csv")
     published = [{"recipe": "s10", "epoch": 1, "test_acc": 9.5},
                  {"recipe": "resnet9", "epoch": 1, "test_acc": 8.5}]
     files.save_table(published, tmp_path / "published.csv")
@@ -108,28 +113,11 @@ def test_the_picture_has_means_of_whole_runs_and_their_sources(tmp_path, monkeyp
     )
 
 
-def test_speeds(tmp_path):
-    rows = [
-        {"device": "D", "what": "a", "unit": "images/s", "median": 1234.6, "lowest": 1.0,
-         "highest": 2000},
-        {"device": "D", "what": "b", "unit": "times", "median": 20.126, "lowest": 2, "highest": 3},
-    ]
-    files.save_table(rows, tmp_path / "benchmark" / "speeds.csv")
-    assert tables.speeds(tmp_path).splitlines() == [
-        "| on D | median | lowest | highest |  |",
-        "| --- | --- | --- | --- | --- |",
-        "| a | 1,235 | 1 | 2,000 | images/s |",
-        "| b | 20.13 | 2.00 | 3.00 | times |",
-    ]
-
-
 def test_tables_replace_the_old_ones_alone(tmp_path, monkeypatch):
     pages = {"README.md": {"first": lambda: "| a |\n", "second": lambda: "| b |\n"},
              "images/s10/README.md": {"third": lambda: "| c |\n"}}
     monkeypatch.setattr(tables, "PAGES", pages)
-    monkeypatch.setattr(tables, "accuracy_by_epoch", lambda: plt.figure().gca())
-    monkeypatch.setattr(tables, "rungs", lambda: None)
-    monkeypatch.setattr(tables.plotting, "ladder", lambda rungs: plt.figure().gca())
+    monkeypatch.setattr(tables, "PICTURES", {})
     place = "# Ä\n<!-- {0}: python -m utils.maintenance.tables -->\n{1}<!-- end of {0} -->\nrest\n"
     for page, contents in pages.items():
         (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +130,8 @@ def test_tables_replace_the_old_ones_alone(tmp_path, monkeypatch):
             assert (tmp_path / page).read_text(encoding="utf-8") == new
 
 
-def test_the_picture_is_drawn_with_the_tables(tmp_path, monkeypatch):
+def test_the_pictures_that_no_run_makes_are_drawn_with_the_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "PAGES", {})
     tables.write(tmp_path)
-    for name in ("accuracy.png", "s10_best/ladder.png"):
+    for name in ("accuracy.png", "custom_resnet.png", "s10/lr_finder.png", "s10_best/ladder.png"):
         assert (tmp_path / "images" / name).read_bytes().startswith(b"\x89PNG")

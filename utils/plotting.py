@@ -244,24 +244,25 @@ def compare_curves(histories, published=(), *, ax=None):
 
 
 def ladder(rungs, *, ax=None):
-    """Plots the accuracies of each rung, from the top down, and what it gained as a number.
+    """Plots the accuracies of each rung, from the top down, and what it gained as a text.
 
-    `rungs`: a DataFrame with `rung`, its name, `kept`, "yes" or "no", `accuracies`, a list in
-    percent, and `gain` and `error`, the mean difference to the rung that was kept last and its
-    standard error. The line goes through what was kept.
+    `rungs`: a DataFrame with `rung`, its name, `on`, the number from 1 of the one it stands on,
+    `kept`, "yes" or "no", `accuracies`, a list in percent, their `mean`, and `gain`, a text. The
+    line goes through what was kept. The axis begins below the second rung's accuracies, or lower
+    ones of a later rung; the first rung's mean stands in its place for the gain.
     """
     ax = _single(ax, (7.2, 0.7 + 0.36 * len(rungs)))
     for y, row in enumerate(rungs.itertuples()):
-        ax.plot(row.accuracies, [y] * len(row.accuracies), "o", color=GREY, markersize=3)
+        ax.plot(row.accuracies, [y] * len(row.accuracies), "o", color=GREY, markersize=3, zorder=3)
         ax.annotate(
-            f"{row.gain:+.2f} ± {row.error:.2f}" if y else "gain", (1.02, y), va="center",
+            f"{row.gain} on {row.on}" if y else f"{row.mean:.2f}", (1.02, y), va="center",
             annotation_clip=False, xycoords=ax.get_yaxis_transform(),
         )
-    means = rungs["accuracies"].map(np.mean)
-    ax.plot(means, means.index, "D", color=BLUE, fillstyle="none")
-    means = means[rungs["kept"] == "yes"]
-    ax.plot(means, means.index, "D-", color=BLUE)
-    ax.set_yticks(range(len(rungs)), labels=rungs["rung"])
+    ax.plot(rungs["mean"], rungs.index, "D", color=BLUE, markerfacecolor="white")
+    kept = rungs[rungs["kept"] == "yes"]
+    ax.plot(kept["mean"], kept.index, "D-", color=BLUE)
+    ax.set_yticks(rungs.index, labels=[f"{name}  {y + 1}" for y, name in enumerate(rungs["rung"])])
+    ax.set_xlim(min(map(min, rungs["accuracies"][1:])) - 0.5)
     ax.invert_yaxis()
     ax.grid(axis="x")
     ax.set_xlabel("accuracy on held-out images, %")
@@ -326,9 +327,11 @@ def calibration(results, *, ax=None):
     """Draws the reliability diagram of a `Results`: accuracy against confidence, bin by bin.
 
     A point is a bin's accuracy at its mean confidence: below the diagonal the network is surer
-    than right. The bars are the shares of the images, with their numbers.
+    than right. Bins of fewer than 20 images have none: chance decides there. The bars are the
+    shares of the images, with their numbers.
     """
     counts, confidences, accuracies = (each.numpy() for each in results.calibration)
+    accuracies = np.where(counts < 20, np.nan, accuracies)
     width = 100 / len(counts)
     ax = _single(ax, (5.4, 4.6))
     bars = ax.bar(width * (np.arange(len(counts)) + 0.5), 100 * counts / counts.sum(), 0.9 * width,

@@ -1,4 +1,4 @@
-"""The pages' tables and the README's first picture, made of the files in images/.
+"""The pages' tables, and the pictures that no run makes, of the files in images/.
 
 `python -m utils.maintenance.tables` brings them up to date.
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import files, plotting, training
+from utils import files, models, optimization, plotting, training
 from utils.recipes import RECIPES, recipe
 
 ROOT = Path(__file__).parents[2]
@@ -21,39 +21,47 @@ def markdown(head, rows):
 
 
 def results(folder=IMAGES):
-    """What recipes.csv lists: a recipe, what its source claims, and its runs where there are some.
+    """The runs of what recipes.csv lists, with its source's claim; below them what has no run.
 
     A line's folder is that of the runs: the recipe's, or below it one for other settings.
     """
     head = ["recipe", "what", "claim: train / test", "test", "with flip", "train", "epochs", "time"]
-    rows = []
-    for name, what, source in files.read_table(Path(folder, "recipes.csv")).values:
-        settings, path = recipe(name.partition("/")[0]), Path(folder, name, "runs.csv")
-        none = ["", "not yet", "–", "–", "–", "–"]
-        change, *cells = measured(settings, files.read_table(path)) if path.exists() else none
-        claims = [f"{settings.claimed[split]:.2f}" if split in settings.claimed else "–"
+    rows, without_run = [], []
+    for folder_name, what, source in files.read_table(Path(folder, "recipes.csv")).values:
+        name, path = folder_name.partition("/")[0], Path(folder, folder_name, "runs.csv")
+        claimed = recipe(name).claimed
+        claims = [f"{claimed[split]:.2f}" if split in claimed else "–"
                   for split in ("train", "test")]
         claim = f"[{'&nbsp;/&nbsp;'.join(claims)}]({source})" if source else "–"
-        rows.append([f"`{settings.name}` {change}".strip(), what, claim, *cells])
-    return markdown(head, rows)
+        if path.exists():
+            change, *cells = measured(files.read_table(path))
+            rows.append([f"`{name}` {change}".strip(), what, claim, *cells])
+        else:
+            without_run.append(f"`python -m utils.train {name}` ({claim})")
+    intro = "\nRecipes without a full run here, and their claims: "
+    return markdown(head, rows) + (f"{intro}{', '.join(without_run)}.\n" if without_run else "")
 
 
-def measured(settings, runs):
+def measured(runs):
     """What has changed in a recipe, and the results; of a DataFrame with a row for each run."""
     devices = runs["device"] + ", " + runs["precision"]
     devices = devices.str.replace(r" CPU, (\d+) thread\(s\)", r" ×\1", regex=True)
-    epochs, time = runs["epochs"][0], f"{runs['seconds'].mean() / 60:.1f} min, "
+    time = f"{runs['seconds'].mean() / 60:.1f} min, "
     return [
         code(runs["changed"][0]), f"{spread(runs['test_acc'])} (n = {len(runs)})",
-        spread(runs["test_acc_flip"]), spread(runs["train_acc"]),
-        f"{epochs}" if epochs == settings.epochs else f"{epochs} of {settings.epochs}",
+        spread(runs["test_acc_flip"]), spread(runs["train_acc"]), f"{runs['epochs'][0]}",
         time + "; ".join(sorted(set(devices))),
     ]
 
 
 def spread(values):
-    """Mean and, of several runs, standard deviation (of a sample, so over n - 1)."""
-    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+    """The mean and, of several runs, the standard deviation (of a sample, so over n - 1)."""
+    return plus_minus(values.mean(), values.std()) if len(values) > 1 else f"{values.mean():.2f}"
+
+
+def plus_minus(value, error, sign=""):
+    """A figure and its standard deviation or error, alike on all pages and pictures."""
+    return f"{value:{sign}.2f} ± {error:.2f}"
 
 
 def code(changes):
@@ -75,35 +83,30 @@ def rungs(name="s10_best", folder=IMAGES):
     """The ladder of trials in tuning.csv: a DataFrame with a row for each rung, in their order.
 
     A rung is the trials with the same settings, one of each seed, and the last one those that
-    were kept last, with test-time flip. `rung` and `kept` are what rungs.csv says of it,
-    `accuracies` those of the seeds in percent, `gain` the mean difference to the rung that was
-    kept last, seed by seed, and `error` its standard error.
+    it stands on, with test-time flip. `rung`, `on`, the number from 1 of the rung that it adds
+    something to, and `kept` are what rungs.csv says of it; `accuracies` those of the seeds in
+    percent, and `gain` the text of the difference of the means and its standard error. That is
+    the same for all, from the spread of the seeds pooled over all rungs.
     """
-    trials = files.read_table(Path(folder, name, "tuning.csv")).groupby("changed", sort=False)
-    by_rung = [runs.sort_values("seed") for _, runs in trials]
     table = files.read_table(Path(folder, name, "rungs.csv"))
-    last, accuracies, gains = by_rung[0], [], []
-    for runs, kept in zip(by_rung, table["kept"], strict=False):
-        accuracies.append(runs["validation_acc"].to_numpy())
-        gains.append(accuracies[-1] - last["validation_acc"].to_numpy())
-        last = runs if kept == "yes" else last
-    accuracies.append(last["validation_acc_flip"].to_numpy())
-    gains.append(accuracies[-1] - last["validation_acc"].to_numpy())
-    return table.assign(
-        accuracies=accuracies, gain=[gain.mean() for gain in gains],
-        error=[gain.std(ddof=1) / len(gain) ** 0.5 for gain in gains],
-    )
+    trials = files.read_table(Path(folder, name, "tuning.csv"))
+    by_rung = trials.groupby("changed", sort=False)
+    accuracies = by_rung["validation_acc"].apply(list).to_list()
+    flipped = by_rung["validation_acc_flip"].apply(list).to_list()
+    accuracies.append(flipped[int(table["on"].iloc[-1]) - 1])
+    error = (2 * by_rung["validation_acc"].var() / by_rung.size()).mean() ** 0.5
+    means, gains = [sum(each) / len(each) for each in accuracies], ["–"]
+    for mean, on in zip(means[1:], table["on"][1:], strict=True):
+        gains.append(plus_minus(mean - means[int(on) - 1], error, "+"))
+    return table.assign(accuracies=accuracies, mean=means, gain=gains)
 
 
 def gains(name="s10_best", folder=IMAGES):
-    """What each rung brought; "undecided" where that is less than two standard errors."""
-    rows = []
-    for row in rungs(name, folder).itertuples():
-        verdict = "helps" if row.gain > 0 else "harms"
-        verdict = verdict if abs(row.gain) >= 2 * row.error else "undecided"
-        gain = [f"{row.gain:+.2f} ± {row.error:.2f}", verdict, row.kept] if rows else ["–"] * 3
-        rows.append([row.rung, f"{row.accuracies.mean():.2f}", *gain])
-    return markdown(["rung", "validation", "gain", "", "kept"], rows)
+    """What each rung brought to the one that it stands on."""
+    return markdown(["", "rung", "stands on", "validation", "gain", "kept"], [
+        [f"{number}", row.rung, row.on or "–", f"{row.mean:.2f}", row.gain, row.kept]
+        for number, row in enumerate(rungs(name, folder).itertuples(), start=1)
+    ])
 
 
 def log(name, folder=IMAGES):
@@ -112,40 +115,42 @@ def log(name, folder=IMAGES):
     return f"```text\n{training.table(files.read_table(path).to_dict('records'))}\n```\n"
 
 
-def speeds(folder=IMAGES):
-    """What `utils.maintenance.benchmark --record` measured."""
-    table = files.read_table(Path(folder, "benchmark", "speeds.csv"))
-    rows = []
-    for row in table.itertuples():
-        digits = 2 if row.unit in ("times", "ms/image") else 0
-        numbers = (f"{value:,.{digits}f}" for value in (row.median, row.lowest, row.highest))
-        rows.append([row.what, *numbers, row.unit])
-    return markdown([f"on {table['device'][0]}", "median", "lowest", "highest", ""], rows)
-
-
 def accuracy_by_epoch(folder=IMAGES):
     """Plots the mean accuracy of each recipe's recorded runs, and behind it that of its source.
 
-    Shortened runs are left out, and resnet9's source, which went on from trained weights.
+    The source of resnet9 is left out: it went on from trained weights.
     """
     histories = {}
     for name in RECIPES:
         runs = [files.read_table(path) for path in Path(folder, name).glob("history_seed*.csv")]
-        if runs and len(runs[0]) == recipe(name).epochs:
+        if runs:
             mean = pd.concat(runs).groupby("epoch", as_index=False)["test_acc"].mean()
             histories[name] = mean.to_dict("records")
     published = files.read_table(Path(folder, "published.csv")).groupby("recipe")
     sources = {name: rows.to_dict("records") for name, rows in published if name != "resnet9"}
-    plotting.use_style()
     return plotting.compare_curves(histories, sources)
+
+
+def range_test(folder=IMAGES):
+    """Plots the range test of s10 that range_test.csv holds, and the rates chosen from it."""
+    found, settings = files.read_table(Path(folder, "s10", "range_test.csv")), recipe("s10")
+    return plotting.lr_finder_curve(
+        found["lr"], found["smoothed"], raw_losses=found["loss"],
+        suggestion=optimization.suggested_lr(found),
+        min_lr=settings.min_lr, max_lr=settings.max_lr,
+    )
 
 
 PAGES = {
     "README.md": {"results": results, "log of s12": lambda: log("s12")},
-    "images/s10/README.md": {"tuning of s10": lambda: tuning("s10")},
     "images/s10_best/README.md": {"ladder": gains},
     "images/s10_cpu/README.md": {"tuning of s10_cpu": lambda: tuning("s10_cpu")},
-    "images/benchmark/README.md": {"speeds": speeds},
+}
+PICTURES = {
+    "accuracy.png": accuracy_by_epoch,
+    "custom_resnet.png": lambda: plotting.network(models.CustomResNet()),
+    "s10/lr_finder.png": range_test,
+    "s10_best/ladder.png": lambda: plotting.ladder(rungs()),
 }
 
 
@@ -161,12 +166,13 @@ def with_tables(text, tables):
 
 
 def write(root=ROOT):
-    """Brings the tables of all pages and images/accuracy.png up to date."""
+    """Brings the tables of all pages, and the pictures that no run makes, up to date."""
     for page, tables in PAGES.items():
         text = Path(root, page).read_text(encoding="utf-8")
         files.save_text(with_tables(text, tables), Path(root, page))
-    files.save_figure(accuracy_by_epoch().figure, Path(root, "images", "accuracy.png"))
-    files.save_figure(plotting.ladder(rungs()).figure, Path(root, "images/s10_best/ladder.png"))
+    plotting.use_style()
+    for name, picture in PICTURES.items():
+        files.save_figure(picture().figure, Path(root, "images", name))
 
 
 if __name__ == "__main__":
