@@ -469,26 +469,34 @@ def saved(path, pixels, **settings):
     return path
 
 
-def test_photograph_keeps_a_picture_of_the_right_size(tmp_path):
+def test_a_picture_of_the_right_size_stays_as_it_is(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
-    found = data.photograph(saved(tmp_path / "a.png", pixels))
+    found = data.read_picture(saved(tmp_path / "a.png", pixels), (32, 32))
     assert found.dtype == torch.uint8
     assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
 
 
-def test_photograph_is_the_middle_square(tmp_path):
-    """What lies left and right of it is not seen."""
+def test_a_picture_is_seen_by_its_middle_square(tmp_path):
+    """What lies left and right of it is not seen, but for the reach of the resampling."""
     pixels = np.zeros((64, 192, 3))
-    pixels[:, 64:128] = 200
-    assert (data.photograph(saved(tmp_path / "a.png", pixels)) == 200).all()
+    pixels[:, 60:132] = 200
+    assert (data.read_picture(saved(tmp_path / "a.png", pixels), (32, 32)) == 200).all()
 
 
-def test_photograph_is_turned_as_it_was_held(tmp_path):
+def test_a_picture_is_resampled_once(tmp_path):
+    """Also where its middle square lies between the pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 97, 3), dtype=np.uint8)
+    expected = Image.fromarray(pixels).resize((32, 32), box=(16.5, 0, 80.5, 64))
+    found = data.read_picture(saved(tmp_path / "a.png", pixels), (32, 32))
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_a_picture_is_turned_as_it_was_held(tmp_path):
     pixels = np.zeros((32, 32, 3))
     pixels[:16] = 250  # the upper half; orientation 6: turn a quarter clockwise, so it is right
     exif = Image.Exif()
     exif[0x0112] = 6
-    found = data.photograph(saved(tmp_path / "a.png", pixels, exif=exif))
+    found = data.read_picture(saved(tmp_path / "a.png", pixels, exif=exif), (32, 32))
     assert (found[..., 16:] == 250).all() and (found[..., :16] == 0).all()
 
 
@@ -496,13 +504,14 @@ def test_photograph_is_turned_as_it_was_held(tmp_path):
     ("L", 77, [77] * 3), ("RGBA", (0, 0, 0, 0), [255] * 3), ("RGBA", (9, 8, 7, 255), [9, 8, 7]),
     ("1", 1, [255] * 3), ("P", 0, [0] * 3), ("CMYK", (0, 0, 0, 0), [255] * 3),
 ])
-def test_photograph_of_any_mode(tmp_path, mode, value, expected):
+def test_a_picture_of_any_mode(tmp_path, mode, value, expected):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (40, 50), value).save(path)
-    assert data.photograph(path, side=8).flatten(1).unique(dim=1).flatten().tolist() == expected
+    seen = data.read_picture(path, (8, 8))
+    assert seen.flatten(1).unique(dim=1).flatten().tolist() == expected
 
 
-def test_photographs_that_can_not_be_seen(tmp_path):
+def test_pictures_that_can_not_be_seen(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").write_bytes(b"")
     whole = saved(tmp_path / "whole.jpg", np.random.default_rng(0).integers(0, 256, (99, 99, 3)))
@@ -510,10 +519,10 @@ def test_photographs_that_can_not_be_seen(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     for name in ("text.png", "empty.png", "cut.jpg", "bomb.png", "none.png"):
         with pytest.raises(InputError, match=f"^[^\n]*{name} can't be read[^\n]*$"):
-            data.photograph(tmp_path / name)
+            data.read_picture(tmp_path / name, (32, 32))
 
 
 def test_of_an_animation_the_first_picture_is_seen(tmp_path):
     frames = [Image.new("RGB", (9, 9), (value,) * 3) for value in (10, 250)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert data.photograph(tmp_path / "moving.gif").unique().tolist() == [10]
+    assert data.read_picture(tmp_path / "moving.gif", (32, 32)).unique().tolist() == [10]

@@ -121,7 +121,7 @@ def shares_of(label):
 
 def seen(path):
     """A picture as the network sees it, uint8 (1, 3, 32, 32)."""
-    return data.photograph(path)[None]
+    return data.read_picture(path, (32, 32))[None]
 
 
 def expected_shares(model, path, count):
@@ -450,7 +450,8 @@ def test_the_space_says_what_it_is(space):
 
 
 def test_the_examples_of_the_space_are_one_image_of_each_class(space, model):
-    found = {path.stem: data.photograph(path) for path in (space / "examples").iterdir()}
+    kept = (space / "examples").iterdir()
+    found = {path.stem: data.read_picture(path, (32, 32)) for path in kept}
     images = data.load("sample")
     assert found.keys() == set(images.classes)
     for i, name in enumerate(images.classes):

@@ -265,6 +265,13 @@ def test_file_is_the_network(weights):
     assert loaded.classes == ("blue", "green", "red")
     assert (loaded.mean, loaded.std) == ((0.5, 0.25, 0.125), (0.1, 0.2, 0.30000000000000004))
     assert loaded.metadata == METADATA
+    assert loaded.size == (32, 32)
+
+
+def test_file_tells_the_size_of_the_pictures(weights):
+    path, model = weights
+    files.save_weights(model, path, metadata={**METADATA, "size": [40, 36]})
+    assert load_weights(path).size == (40, 36)
 
 
 def test_half_precision_is_loaded_as_float32(weights):
@@ -302,6 +309,7 @@ def test_what_the_linear_layer_sees(model):
 @pytest.mark.parametrize("changes", [
     {"classes": None}, {"mean": None}, {"std": [1, 2]}, {"mean": 0.5}, {"classes": "blue"},
     {"classes": ["blue", "red"]}, {"fc_bias": False}, {"model": "another"},
+    {"size": 32}, {"size": [32]},
 ], ids=str)
 def test_file_of_something_else(weights, changes):
     path, model = weights

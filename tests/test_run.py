@@ -115,8 +115,8 @@ def test_weights_give_the_reported_accuracy_and_say_what_they_are_of(out):
     assert model.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), rel=1e-9)
     assert model.metadata == {
         "recipe": "s10", "seed": 0, "model": "custom_resnet", "fc_bias": True, "width": 64,
-        "classes": ["a", "b", "c"], "mean": list(model.mean), "std": list(model.std),
-        "data": images.fingerprint,
+        "classes": ["a", "b", "c"], "size": [8, 8],
+        "mean": list(model.mean), "std": list(model.std), "data": images.fingerprint,
     }
 
 

@@ -39,6 +39,11 @@ class ImageData:
     validation_images: torch.Tensor | None = None
     validation_labels: torch.Tensor | None = None
 
+    @property
+    def size(self):
+        """(height, width) of its images."""
+        return tuple(self.test_images.shape[-2:])
+
     @cached_property
     def fingerprint(self):
         """Sixteen hexadecimal digits of the SHA-256 of training and test images and class names."""
@@ -62,7 +67,7 @@ class ImageData:
             )
 
     def __str__(self):
-        size = "×".join(map(str, self.test_images.shape[-2:]))
+        size = "×".join(map(str, self.size))
         training = f"{len(self.train_images):,} training"
         if self.validation_images is not None:
             training += f", {len(self.validation_images):,} validation"
@@ -216,18 +221,18 @@ def _opened(name):
         raise InputError(f"the picture {name} can't be read; replace or delete it") from error
 
 
-def photograph(path, *, side=32):
-    """A picture of any size as the network sees it, uint8 (3, side, side): its middle, resized.
+def read_picture(path, size):
+    """A picture of any size as the network sees it, uint8 (3, H, W): its middle, resized.
 
-    Turned as the camera was held; what is transparent becomes white; of an animation the first
-    picture. Raises InputError where it can't be read.
+    `size`: (height, width). Turned as the camera was held; what is transparent becomes white; of
+    an animation the first picture. Raises InputError where it can't be read.
     """
     with _opened(path) as picture:
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     whole = Image.alpha_composite(white, picture).convert("RGB")
-    square = ImageOps.fit(whole, [min(whole.size)] * 2).resize((side, side))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    height, width = size
+    return torch.from_numpy(np.array(ImageOps.fit(whole, (width, height)))).permute(2, 0, 1)
 
 
 def halve(data):

@@ -197,7 +197,7 @@ def page(weights, source, *, nearest=True):
             return None
         if not gr.utils.is_in_or_equal(payload.path, picture.GRADIO_CACHE):
             raise InputError("this file was not uploaded; upload it")
-        return data.photograph(payload.path)[None]
+        return data.read_picture(payload.path, model.size)[None]
 
     def gallery(title, width):
         """With columns of at least `width` pixels."""

@@ -38,8 +38,9 @@ def main(arguments=None):
         model = load_weights(args.weights).to(device)
         print(f"weights  {model.metadata.get('recipe')}, seed {model.metadata.get('seed')}")
         if args.pictures:
-            print("pictures their middle squares, resized to 32×32 pixels")
-            seen = torch.stack([data.photograph(path) for path in args.pictures])
+            size = "×".join(map(str, model.size))
+            print(f"pictures the middle of each, resized to {size} pixels")
+            seen = torch.stack([data.read_picture(path, model.size) for path in args.pictures])
             print(likeliest(args.pictures, explain.probabilities(model, seen), model.classes))
             return
         images = data.load(args.data, train=False)

@@ -143,13 +143,14 @@ def build(recipe, images, *, seed=0):
 def load_weights(path):
     """The network of a weights file that a run wrote: float32, channels_last, in eval mode.
 
-    Its attributes `classes` (names), `mean` and `std` (of each channel, on the scale 0..1) are
-    those of its training images; `metadata` is all that the file says, a dict. Raises InputError
-    where there is no such file, or it is damaged or of another kind.
+    Its attributes `classes` (names), `mean` and `std` (of each channel, on the scale 0..1) and
+    `size` (height, width) are those of its training images; `metadata` is all that the file says,
+    a dict. Raises InputError where there is no such file, or it is damaged or of another kind.
     """
     tensors, metadata = files.read_weights(path)
     try:
         classes, mean, std = (tuple(metadata[name]) for name in ("classes", "mean", "std"))
+        height, width = map(int, metadata.get("size", (32, 32)))  # older files don't tell
         settings = {name: metadata[name] for name in ARCHITECTURE if name in metadata}
         model = MODELS[metadata["model"]](len(classes), **settings)
         model.load_state_dict(tensors)
@@ -161,6 +162,7 @@ def load_weights(path):
             "name a file that python -m utils.train wrote"
         ) from error
     model.classes, model.mean, model.std, model.metadata = classes, mean, std, metadata
+    model.size = height, width
     return model.to(memory_format=torch.channels_last).eval()
 
 

@@ -158,15 +158,15 @@ def run(recipe, images, options, out):
 def weights_metadata(recipe, images, *, seed=0):
     """What a weights file says of its run, for `files.save_weights`: a dict of plain values.
 
-    Enough to build the network again and to use it: its name, its classes, and the mean and the
+    Enough to build the network again and to use it: its name, its classes, and the size, mean and
     deviation of its training images.
     """
     mean, std = images.statistics
     return {
         "recipe": recipe.name, "seed": seed,
         "model": recipe.model, **{name: getattr(recipe, name) for name in ARCHITECTURE},
-        "classes": list(images.classes), "mean": mean.tolist(), "std": std.tolist(),
-        "data": images.fingerprint,
+        "classes": list(images.classes), "size": list(images.size),
+        "mean": mean.tolist(), "std": std.tolist(), "data": images.fingerprint,
     }
 
 
