@@ -26,7 +26,10 @@ def test_s10_is_the_assignment():
 
 def test_s10_20_has_the_rates_of_its_source():
     assert changed("s10_20") == (
-        {"name": "s10_20", "epochs": 20, "min_lr": 0.0017, "max_lr": 0.017},
+        {
+            "name": "s10_20", "epochs": 20, "optimizer": "adamw", "min_lr": 0.0017,
+            "max_lr": 0.017, "weight_decay": 0.1,
+        },
         {"train": 93.77, "test": 91.42},
     )
 
@@ -67,9 +70,23 @@ def test_resnet9_is_its_source_but_for_length_and_batch():
     assert ours.claimed == {"test": 90.71}
 
 
-def test_s10_albumentations_has_the_rates_of_s10():
+def test_s12_is_s10_with_more_regularisation_under_lightning():
+    s12 = {
+        "name": "s12", "label_smoothing": 0.1, "rotation": 5.0, "brightness": 0.2, "held_out": 0.1,
+    }
+    assert recipe("s12").differences(recipe("s10")) == s12
+    assert recipe("s12").loop == "lightning"
+
+
+def test_s10_albumentations_has_the_rates_and_the_decay_of_s10():
+    assert recipe("s10_albumentations").differences(recipe("s10")) == {
+        "name": "s10_albumentations", "fc_bias": False, "per_image": True,
+    }
     assert changed("s10_albumentations") == (
-        {"name": "s10_albumentations", "fc_bias": False, "per_image": True},
+        {
+            "name": "s10_albumentations", "fc_bias": False, "optimizer": "adamw",
+            "weight_decay": 0.2, "per_image": True,
+        },
         {"train": 69.45, "test": 69.80},
     )
 

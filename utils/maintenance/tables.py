@@ -142,9 +142,10 @@ def range_test(folder=IMAGES):
 
 
 PAGES = {
-    "README.md": {"results": results, "log of s12": lambda: log("s12")},
+    "README.md": {"results": results},
     "images/s10_best/README.md": {"ladder": gains},
     "images/s10_cpu/README.md": {"tuning of s10_cpu": lambda: tuning("s10_cpu")},
+    "images/s12/README.md": {"log of s12": lambda: log("s12")},
 }
 PICTURES = {
     "accuracy.png": accuracy_by_epoch,
