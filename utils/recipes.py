@@ -254,9 +254,9 @@ _RECIPES = [
     # Under PyTorch Lightning, with more augmentation and regularisation. AdamW with the decay of
     # s10, so that the two differ in augmentation, smoothing and the held-out images alone. Its
     # decay is decoupled: in the gradient (L2) Adam would divide it by each weight's own gradient
-    # scale (Loshchilov & Hutter 2019). At the peak a weight that no gradient renews falls to 1/e within
-    # 1 / (0.01 · 0.2) = 500 steps, less than six epochs. The project that this answers,
-    # github.com/Paurnima-Chavan/cifar-s12, keeps its log and curves as pictures in its README.
+    # scale (Loshchilov & Hutter 2019). At the peak a weight that no gradient renews falls to 1/e
+    # within 1 / (0.01 · 0.2) = 500 steps, less than six epochs. The project that this answers,
+    # github.com/Paurnima-Chavan/cifar-s12, shows log and curves as pictures in its README.
     Recipe(
         name="s12",
         optimizer="adamw",
@@ -291,7 +291,8 @@ _RECIPES = [
     # The assignment with albumentations, image by image, and without the last bias; optimizer and
     # decay as in s10. Its source aimed at over 90. It took batches of 64 at a rate of 0.044 with L2
     # decay in the gradient, which Adam divides by each weight's own gradient scale (see s12). The
-    # claims are those of its best run. github.com/padmanabh275/S10_Resnet; its padding by replication is left out.
+    # claims are those of its best run. github.com/padmanabh275/S10_Resnet; its padding by
+    # replication is left out.
     Recipe(
         name="s10_albumentations",
         fc_bias=False,
