@@ -8,13 +8,13 @@ so.
 
 import copy
 import math
-from itertools import accumulate, cycle, zip_longest
+from itertools import cycle, zip_longest
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.colors import PowerNorm, to_rgb
+from matplotlib.colors import PowerNorm
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
@@ -205,7 +205,7 @@ def accuracy_curves(history, *, claimed=None, ax=None):
     percent. `claimed`: {"train" or "test": accuracy to compare with}, drawn as thin lines in the
     colour of the curve.
     """
-    return _epoch_curves([history], "acc", ax, "accuracy, %", claimed=claimed or {})
+    return _epoch_curves([history], "acc", ax, "accuracy, %", claimed=claimed)
 
 
 def accuracy_band(histories, *, ax=None):
@@ -217,29 +217,30 @@ def accuracy_band(histories, *, ax=None):
     return _epoch_curves(histories, "acc", ax, label)
 
 
-def compare_curves(histories, published=(), *, ax=None):
+def compare_curves(histories, published=None, *, ax=None):
     """Plots the test accuracy of several recipes by epoch, the last ones as numbers.
 
     `histories`: {name: rows as for `accuracy_curves`}. `published`: {name: rows with `epoch` and
     `test_acc`}, what the sources report; drawn thin, in the colour of the recipe of that name,
-    grey without one. Runs may differ in length: a dotted line goes on at the last accuracy. The
-    axis begins at half the lowest last accuracy, in tens; what lies below is cut off.
+    grey without one. Runs may differ in length. The axis begins at half the lowest last accuracy,
+    in tens; what lies below is cut off.
     """
-    curves = [(f"{name}, source", name, rows) for name, rows in dict(published).items()]
-    curves += [(name, name, rows) for name, rows in histories.items()]
     ax = _single(ax, (8.0, 4.4))
-    styles = dict(zip(histories, cycle(zip(COLOURS, "os^DvP", strict=True))))
-    end, labels = max(rows[-1]["epoch"] for *_, rows in curves), []
-    for label, name, rows in curves:
-        colour, marker = styles.get(name, (GREY, ""))
-        marker, line, width = (marker, "-", 1.6) if label == name else ("", "--", 0.9)
-        epochs, accuracies = [row["epoch"] for row in rows], [row["test_acc"] for row in rows]
-        last = accuracies[-1]
-        ax.plot(epochs, accuracies, marker + line, color=colour, linewidth=width, markersize=3.5)
-        ax.plot([epochs[-1], end], [last] * 2, ":", color=colour, linewidth=0.9)
-        labels.append((last, f"{label} {last:.2f}", colour))
-    ax.set_ylim(min(labels)[0] // 20 * 10, 100)
-    _finish_epochs(ax, 1, end, "test accuracy, %", labels)
+    colours = dict(zip(histories, cycle(COLOURS)))
+    curves = []
+    for name, rows in (published or {}).items():
+        style = {"color": colours.get(name, GREY), "linestyle": "--", "linewidth": 0.9}
+        curves.append((f"{name}, source", pd.DataFrame(rows), style))
+    for (name, rows), marker in zip(histories.items(), cycle("os^DvP")):
+        style = {"color": colours[name], "linestyle": "-", "marker": marker, "markersize": 3.5}
+        curves.append((name, pd.DataFrame(rows), style))
+    curves.sort(key=lambda curve: curve[1]["test_acc"].iloc[-1], reverse=True)
+    for name, rows, style in curves:
+        last = rows["test_acc"].iloc[-1]
+        ax.plot(rows["epoch"], rows["test_acc"], label=f"{name} {last:.2f}", **style)
+    ax.set_ylim(last // 20 * 10, 100)
+    _name_epochs(ax, "test accuracy, %")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
@@ -273,7 +274,8 @@ def confusion_matrix(results, *, ax=None):
     """Draws the confusion matrix of a `Results`: the counts as numbers, the errors as colour.
 
     The colour is the share of the true class, in percent. The diagonal stays grey: its counts are
-    so much larger that they would hide the errors. Numbers that could not be read are left out.
+    so much larger that they would hide the errors. For more than 20 classes the numbers, too small
+    to be read, are left out.
     """
     counts, number = results.confusion.numpy(), len(results.classes)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -291,15 +293,11 @@ def confusion_matrix(results, *, ax=None):
     ax.set_yticks(range(number), results.classes)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="predicted class", ylabel="true class", anchor="W")
-
-    ax.figure.draw_without_rendering()  # only now the size of a cell is known
-    cell = ax.bbox.width * 72 / ax.figure.dpi / number
-    ax.tick_params(labelsize=min(9.0, 0.8 * cell), length=0)
-    size = min(9.0, cell / (0.75 * max(len(str(counts.max())), 2)))
+    ax.tick_params(labelsize=min(9, 500 / number), length=0)
     dark = norm(errors).filled(0) > 0.6
-    for row, column in np.argwhere((counts > 0) | (number <= 20)) if size >= 4 else ():
+    for row, column in np.ndindex(counts.shape) if number <= 20 else ():
         ax.text(
-            column, row, counts[row, column], ha="center", va="center", fontsize=size,
+            column, row, counts[row, column], ha="center", va="center", fontsize=8,
             color="white" if dark[row, column] else "black",
             fontweight="bold" if row == column else "normal",
         )
@@ -350,25 +348,19 @@ def time_by_phase(phases, *, ax=None):
     """Draws where the time of a training step goes, as a stacked bar for each way to train.
 
     `phases`: {way: {phase: milliseconds an image}}, the same four phases in each; the first way
-    is on top. The total is that of the rounded parts.
+    is on top. A number stands where there is room for it, and that of the whole bar at its end.
     """
-    names = list(phases)
-    ax = _single(ax, (6.4, 1.5 + 0.5 * len(names)))
-    longest = max(sum(times.values()) for times in phases.values())
-    digits = max(0, 2 - math.floor(math.log10(longest)))  # so that the longest has three
-    totals = np.zeros(len(names))
-    for phase, colour in zip(phases[names[0]], (VERMILION, SKY, BLUE, ORANGE), strict=True):
-        times = np.round([phases[name][phase] for name in names], digits)
-        bars = ax.barh(names, times, left=totals, color=colour, height=0.6, label=phase)
-        texts = [f"{time:.{digits}f}" for time in times]
-        fits = times > 0.022 * longest * max(map(len, texts))  # a character's share of the width
-        ax.bar_label(bars, np.where(fits, texts, ""), label_type="center",
-                     color="white" if colour == BLUE else "black")
-        totals += times
-    ax.bar_label(bars, [f"{total:.{digits}f} ms" for total in totals], padding=4)
+    table = pd.DataFrame(phases).T
+    totals = table.sum(axis=1)
+    ax = _single(ax, (6.4, 1.5 + 0.5 * len(table)))
+    table.plot.barh(stacked=True, ax=ax, width=0.6, color=[VERMILION, SKY, ORANGE, GREEN])
+    for bars in ax.containers:
+        ax.bar_label(bars, fmt=lambda time: f"{time:.3g}" if time > 0.08 * totals.max() else "",
+                     label_type="center")
+    ax.bar_label(bars, [f"{total:.3g} ms" for total in totals], padding=4)
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
-    ax.set(xlim=(0, 1.14 * longest), xlabel="milliseconds an image")
+    ax.set(xlim=(0, 1.14 * totals.max()), xlabel="milliseconds an image")
     _legend_above(ax)
     return ax
 
@@ -490,49 +482,30 @@ def _legend_above(ax, columns=4):
               columnspacing=1.2, handlelength=1.7)
 
 
-def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=(), smoothed=False):
+def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=None, smoothed=False):
     """Plots a quantity by epoch: the runs' mean and range, and thin lines for what was claimed."""
-    ax, labels = _single(ax, (6.0, 3.6)), []
+    ax = _single(ax, (6.0, 3.6))
     rows = pd.concat(map(pd.DataFrame, runs)).groupby("epoch").agg(["mean", "min", "max"])
-    epochs = rows.index
     for name, style in LINES.items():
-        if (key := f"{name}_{quantity}") in rows:
-            mean, low, high = rows[key].to_numpy().T
-            ax.plot(epochs, mean, label=name, **style)
-            shown = "train (smoothed)" if smoothed and name == "train" else name
-            text = f"{shown} {mean[-1]:.{digits}f}"
-            if len(runs) > 1:
-                ax.fill_between(epochs, low, high, color=style["color"], alpha=0.25, linewidth=0)
-                text += f" ({low[-1]:.{digits}f}–{high[-1]:.{digits}f})"
-            labels.append((mean[-1], text, style["color"]))
-    for name in claimed:
-        colour = LINES[name]["color"]
-        ax.axhline(claimed[name], color=colour, linestyle=":", linewidth=1)
-        labels.append((claimed[name], f"claimed {name} {claimed[name]:.{digits}f}", colour))
-    _finish_epochs(ax, epochs[0], epochs[-1], label, labels)
+        if f"{name}_{quantity}" not in rows:
+            continue
+        mean, low, high = rows[f"{name}_{quantity}"].to_numpy().T
+        shown = "train (smoothed)" if smoothed and name == "train" else name
+        text = f"{shown} {mean[-1]:.{digits}f}"
+        if len(runs) > 1:
+            ax.fill_between(rows.index, low, high, color=style["color"], alpha=0.25, linewidth=0)
+            text += f" ({low[-1]:.{digits}f}–{high[-1]:.{digits}f})"
+        ax.plot(rows.index, mean, label=text, **style)
+    for name, value in (claimed or {}).items():
+        ax.axhline(value, color=LINES[name]["color"], linestyle=":", linewidth=1,
+                   label=f"claimed {name} {value:.{digits}f}")
+    _name_epochs(ax, label)
+    ax.legend()
     return ax
 
 
-def _finish_epochs(ax, first, last, label, labels):
-    """The axes of curves from epoch `first` to `last`, and the `labels` of their ends."""
-    ax.set(xlabel="epoch", ylabel=label, xlim=(first - 0.5, last + 0.5))
+def _name_epochs(ax, label):
+    ax.set(xlabel="epoch", ylabel=label)
+    ax.set_xlim(left=0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(axis="y")
-    _label_at_right(ax, last, labels)
-
-
-def _label_at_right(ax, x, labels):
-    """Writes (y, text, colour) right of the axes, none over another, with a line to (x, y)."""
-    labels = sorted(labels)
-    low, high = ax.get_ylim()
-    gap = (high - low) * 14 / (ax.bbox.height * 72 / ax.figure.dpi)
-    # From the lowest on each label makes room above the last; what that pushes out at the top
-    # comes back down, and takes along what is below it.
-    raised = list(accumulate((y for y, *_ in labels), lambda below, y: max(below + gap, y)))
-    heights = accumulate(reversed(raised), lambda above, y: min(above - gap, y), initial=high + gap)
-    for (y, text, colour), height in zip(reversed(labels), list(heights)[1:], strict=True):
-        ax.annotate(
-            text, (x, y), xytext=(1.04, height), textcoords=ax.get_yaxis_transform(),
-            va="center", color=0.75 * np.array(to_rgb(colour)), annotation_clip=False,  # legible
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
-        )
