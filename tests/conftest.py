@@ -76,16 +76,16 @@ class CutOffError(Exception):
 
 @contextmanager
 def cut_off_after(steps):
-    """The plain loop raises an error instead of making step number `steps` + 1."""
-    left, step = iter(range(steps)), training.training_step
+    """Both loops raise an error instead of making step number `steps` + 1."""
+    left, function = iter(range(steps)), training.loss_and_correct
 
     def cut_off(*args, **settings):
         if next(left, None) is None:
             raise CutOffError
-        return step(*args, **settings)
+        return function(*args, **settings)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CutOffError):
-        patch.setattr(training, "training_step", cut_off)
+        patch.setattr(training, "loss_and_correct", cut_off)
         yield
 
 

@@ -23,7 +23,7 @@ from conftest import (
     without_times,
     write_folder,
 )
-from utils import InputError, batches, data, devices, files, lightning_loop, models, run, train
+from utils import InputError, batches, data, files, lightning_loop, models, run, train
 from utils.models import load_weights
 from utils.recipes import recipe
 from utils.transforms import Normalization
@@ -187,20 +187,16 @@ def test_checkpoint_knows_its_run(out, images, small_network, tmp_path):
     settings = recipe("s12").scaled(epochs=3, batch_size=12).replace(cutout=2)
     assert checkpoint["epoch"] == 2
     assert checkpoint["identity"] == {
-        "recipe": settings.settings(), "precision": "float32", "seed": 0,
-        "data": images.fingerprint,
+        "recipe": settings.settings(), "processes": 1, "seed": 0, "data": images.fingerprint,
     }
-    with pytest.raises(InputError, match="its precision differs"):
-        run.train_lightning(
-            settings, images, device=CPU, dtype=torch.bfloat16, out=out, resume=True
-        )
+    with pytest.raises(InputError, match="its processes differs"):
+        run.train_lightning(settings, images, device=CPU, devices=2, out=out, resume=True)
 
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "--resume"),
     (["--resume", "--seed", "1"], "seed differs"),
     (["--resume", "--label-smoothing", "0.2"], "recipe differs"),
-    (["--resume", "--precision", "bf16"], "begun in float32"),
     (["--resume", "--loop", "plain"], "--loop lightning"),
 ])
 def test_folder_of_another_run(folder, out, small_network, arguments, words):
@@ -237,9 +233,9 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_run_resumes_as_if_nothing_had_been(
-    folder, out, small_network, no_figures, tmp_path, monkeypatch
+    folder, out, small_network, no_figures, tmp_path
 ):
-    """SIGKILL in the middle of the second epoch. It goes on in the precision it was begun in."""
+    """SIGKILL in the middle of the second epoch."""
     script = """
 import os, signal, sys
 
@@ -258,8 +254,7 @@ train.main(sys.argv[1:])
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (killed / "history.csv").exists()
 
-    monkeypatch.setattr(devices, "amp_dtype", lambda _: torch.bfloat16)
-    train.main([*command, "--resume", "--precision", "auto"])
+    train.main([*command, "--resume"])
     assert_same_state(*(load_weights(path / "weights.safetensors") for path in (killed, out)))
     whole = without_times(read_history(out))
     assert without_times(read_history(killed)) == whole

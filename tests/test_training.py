@@ -15,7 +15,7 @@ from conftest import (
     tiny_images,
     without_times,
 )
-from utils import InputError, files, models, run, training
+from utils import InputError, explain, files, models, run, training
 from utils.batches import evaluation_batches, training_batches
 from utils.models import CustomResNet
 from utils.optimization import make_optimizer, one_cycle
@@ -78,13 +78,13 @@ def test_training_is_in_training_mode():
     assert model.prep[1].num_batches_tracked == 3
 
 
-@pytest.mark.parametrize("was_training", [True, False])
-def test_predictions_are_in_order_and_leave_the_model_alone(was_training):
+def test_predictions_are_in_order_and_leave_the_model_alone():
+    """But for its mode: evaluation is what it is asked in from then on."""
     images, labels, batches = uneven_batches()
-    model, same = Small(3).train(was_training), Small(3)
+    model, same = Small(3), Small(3)
     same.load_state_dict(model.state_dict())
     results = training.predict(model, batches, classes=["a", "b", "c"])
-    assert model.training == was_training
+    assert not model.training
     assert_same_state(model, same)
     assert results.classes == ("a", "b", "c") and torch.equal(results.labels, labels)
     torch.testing.assert_close(results.logits, same.eval()(images))
@@ -221,6 +221,41 @@ def test_a_resumed_run_ends_with_the_averaged_weights(steps, tmp_path, small_net
     assert without_times(again) == without_times(history)
 
 
+@pytest.mark.parametrize("averaging", [0.0, 0.75])
+def test_whoever_asks_a_trained_network_finds_it_in_evaluation_mode(averaging, small_network):
+    """Or else it would normalise the pictures by themselves, and its statistics would move."""
+    images, (model, history) = tiny_images(), train(recipe=TINY.replace(averaging=averaging))
+    assert not model.training
+    model.classes, (model.mean, model.std) = images.classes, images.statistics
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        model.train()  # as an interrupt leaves it
+        results = explain.predictions(model, images)
+        assert results.accuracy == history[-1]["test_acc"]
+    model.train()
+    explain.grad_cam(model, images.test_images, images.test_labels, layer="prep")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.75])
+def test_a_run_goes_on_in_another_precision_and_says_so(averaging, tmp_path, small_network, capsys):
+    """As where a notebook comes back on another GPU; a finished one does nothing."""
+    recipe = TINY.replace(averaging=averaging)
+    rows = []
+    for steps, dtype in (4, torch.float16), (4, torch.bfloat16), (None, torch.float16):
+        how = {"recipe": recipe, "dtype": dtype, "resume": True}
+        if steps:
+            with cut_off_after(steps):  # an epoch has three steps
+                train(tmp_path / "checkpoint.pt", **how)
+        else:
+            _, rows = train(tmp_path / "checkpoint.pt", **how)
+        lines = capsys.readouterr().out.splitlines()
+    assert [row["precision"] for row in rows] == ["float16", "bfloat16", "float16"]
+    assert lines[3] == "goes on in float16; it was bfloat16 so far"
+    assert train(tmp_path / "checkpoint.pt", recipe=recipe, resume=True)[1] == rows
+    assert capsys.readouterr().out == f"{training.table(rows)}\n"
+
+
 def test_each_epoch_has_an_order_of_its_own(small_network, monkeypatch):
     seen, step = [], training.training_step
 
@@ -265,7 +300,7 @@ def test_lines_of_the_table_are_as_long_as_its_header():
     rows = [
         training.history_row(
             number, lr=0.01 / number, train=(2 / 3, 100 / 3), test=(1e-7, 100.0), images=50_000,
-            seconds=4.05,
+            seconds=4.05, device=CPU, dtype=None,
         )
         for number in range(1, 25)
     ]
@@ -309,7 +344,6 @@ def refused(path, word, **how):
 @pytest.mark.parametrize("how, word", [
     ({"recipe": TINY.replace(max_lr=0.02)}, "recipe"),
     ({"recipe": TINY.replace(epochs=4)}, "recipe"),
-    ({"dtype": torch.bfloat16}, "precision"),
     ({"seed": 1}, "seed"),
 ], ids=str)
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, small_network, how, word):
@@ -374,5 +408,6 @@ def test_a_single_bad_batch_between_good_ones_is_noticed():
 def test_a_test_loss_that_is_not_finite_is_noticed():
     with pytest.raises(InputError, match="not finite"):
         training.history_row(
-            1, lr=0.1, train=(1.0, 50.0), test=(float("nan"), 50.0), images=1, seconds=1.0
+            1, lr=0.1, train=(1.0, 50.0), test=(float("nan"), 50.0), images=1, seconds=1.0,
+            device=CPU, dtype=None,
         )

@@ -72,18 +72,12 @@ def amp_dtype(device):
     return None
 
 
-def pick_precision(name, device, begun=None):
+def pick_precision(name, device):
     """The dtype that "fp32", "bf16", "fp16" or "auto" stands for; None: float32 only.
 
-    `begun`: the `dtype_name` in which a run that is resumed was begun. "auto" stays with it; for
-    another InputError is raised.
+    A run that is resumed, on another device perhaps, picks again.
     """
-    if name == "auto":
-        dtypes = {dtype_name(dtype): dtype for dtype in PRECISIONS.values()}
-        return dtypes[begun] if begun else amp_dtype(device)
-    if begun not in (None, dtype_name(PRECISIONS[name])):
-        raise InputError(f"the run was begun in {begun}; leave out --precision to go on in it")
-    return PRECISIONS[name]
+    return amp_dtype(device) if name == "auto" else PRECISIONS[name]
 
 
 def device_name(device):

@@ -14,7 +14,9 @@ from utils.results import Results
 
 
 def inputs(model, images):
-    """The images as the network wants them: normalised float, on its device."""
+    """The images as the network wants them, which is put into evaluation mode: normalised float,
+    on its device."""
+    model.eval()
     device = next(model.parameters()).device
     normalize = Normalization(model.mean, model.std)
     return normalize(images.to(device)).to(memory_format=torch.channels_last)

@@ -24,16 +24,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils import InputError, files, training
 from utils.batches import evaluation_batches, training_batches
-from utils.devices import dtype_name, synchronize
+from utils.devices import synchronize
 from utils.optimization import make_optimizer, one_cycle
-from utils.progress import epoch_bar
 
 for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and the obvious
     logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
 
 CHECKPOINT = files.CHECKPOINTS["lightning"]
-PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+MIXED = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
 
 
 class ImageDataModule(LightningDataModule):
@@ -80,7 +79,7 @@ class Classifier(LightningModule):
         self.model, self.recipe, self.identity = model, recipe, identity or {}
 
     def configure_optimizers(self):
-        dtype = torch.float16 if self.trainer.precision == PRECISIONS["float16"] else None
+        dtype = torch.float16 if self.trainer.precision == MIXED[torch.float16] else None
         optimizer = make_optimizer(self.model, self.recipe, dtype=dtype)
         steps = self.trainer.estimated_stepping_batches
         schedule = one_cycle(optimizer, self.recipe, total_steps=steps)
@@ -126,10 +125,11 @@ class EpochTable(Callback):
     """Keeps the history, prints its lines as soon as they are known, and shows a progress bar.
 
     A row is the plain loop's, and has `val_loss` and `val_acc` where there are validation images.
+    `dtype`: that of the training.
     """
 
-    def __init__(self):
-        self.history = []
+    def __init__(self, dtype=None):
+        self.dtype, self.history = dtype, []
         self.bar = None
 
     def state_dict(self):
@@ -141,8 +141,9 @@ class EpochTable(Callback):
     def on_fit_start(self, trainer, module):
         self.images = len(trainer.datamodule.images.train_images)
         hidden = {} if trainer.is_global_zero else {"disable": True}
-        self.bar = epoch_bar(self.images, trainer.max_epochs, done=len(self.history), **hidden)
-        self.bar.write(training.table(self.history))
+        self.bar = training.begin_table(
+            self.history, images=self.images, epochs=trainer.max_epochs, dtype=self.dtype, **hidden
+        )
 
     def on_train_epoch_start(self, trainer, module):
         self.start = time.perf_counter()
@@ -161,6 +162,7 @@ class EpochTable(Callback):
         known = {name: value.item() for name, value in trainer.callback_metrics.items()}
         row = training.history_row(
             trainer.current_epoch + 1, lr=self.rate, images=self.images, seconds=self.seconds,
+            device=module.device, dtype=self.dtype,
             **{name: (known[f"{name}_loss"], known[f"{name}_acc"]) for name in ("train", "test")},
         )
         self.history.append(row | {name: known[name] for name in known if name.startswith("val_")})
@@ -200,7 +202,7 @@ def make_trainer(
         raise InputError("Lightning has no float16 on CPUs; choose another --precision")
     keep = {"dirpath": out, "enable_version_counter": False, "save_on_train_epoch_end": True}
     callbacks = [
-        EpochTable(),
+        EpochTable(dtype),
         LearningRateMonitor("step"),
         ModelCheckpoint(filename=Path(CHECKPOINT).stem, **keep),
     ]
@@ -218,7 +220,7 @@ def make_trainer(
             devices=[device.index] if devices == 1 and device.index is not None else devices,
             num_nodes=num_nodes,
             strategy=strategy,
-            precision=PRECISIONS[dtype_name(dtype)],
+            precision=MIXED[dtype],
             sync_batchnorm=device.type == "cuda",  # does nothing in a single process
             gradient_clip_val=recipe.gradient_clip,
             gradient_clip_algorithm="value",
@@ -243,11 +245,14 @@ def fit_trainer(trainer, module, datamodule, *, resume=False):
     """Trains `module` on an `ImageDataModule`. Returns the history, a list.
 
     With `resume` a run that was cut off goes on after its last whole epoch. Raises InputError
-    for a checkpoint that is damaged or belongs to another run.
+    for a checkpoint that is damaged or belongs to another run, or one of other processes. Leaves
+    the module in evaluation mode.
     """
     table = next(callback for callback in trainer.callbacks if isinstance(callback, EpochTable))
     checkpoint = Path(trainer.checkpoint_callback.dirpath) / CHECKPOINT
     begun = checkpoint if resume and checkpoint.exists() else None
+    module.identity["processes"] = trainer.world_size
+    module.train()  # Lightning keeps the mode that it finds
     if begun:
         files.read_checkpoint(begun, module.identity)
     try:
@@ -257,6 +262,7 @@ def fit_trainer(trainer, module, datamodule, *, resume=False):
     if module.recipe.averaging and trainer.is_global_zero:
         # where nothing was left to do Lightning does not put the average into the module
         module.load_state_dict(files.read_checkpoint(checkpoint)["state_dict"])
+    module.eval()
     return table.history
 
 

@@ -485,7 +485,8 @@ def _legend_above(ax, columns=4):
 def _epoch_curves(runs, quantity, ax, label, *, digits=2, claimed=None, smoothed=False):
     """Plots a quantity by epoch: the runs' mean and range, and thin lines for what was claimed."""
     ax = _single(ax, (6.0, 3.6))
-    rows = pd.concat(map(pd.DataFrame, runs)).groupby("epoch").agg(["mean", "min", "max"])
+    rows = pd.concat(map(pd.DataFrame, runs)).select_dtypes("number")
+    rows = rows.groupby("epoch").agg(["mean", "min", "max"])
     for name, style in LINES.items():
         if f"{name}_{quantity}" not in rows:
             continue

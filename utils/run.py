@@ -97,11 +97,9 @@ def run(recipe, images, options, out):
 
     start, commit = time.perf_counter(), current_commit()
     devices.prepare()
-    device, begun = devices.pick_device(options.device), None
+    device = devices.pick_device(options.device)
+    dtype = devices.pick_precision(options.precision, device)
     checkpoint = out / files.CHECKPOINTS[recipe.loop]
-    if options.resume and checkpoint.exists():
-        begun = files.read_checkpoint(checkpoint)["identity"].get("precision")
-    dtype = devices.pick_precision(options.precision, device, begun)
     if options.validate:
         images = data.hold_out(images)
     images = data.with_validation(images, fraction=recipe.held_out)
@@ -141,8 +139,8 @@ def run(recipe, images, options, out):
             "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         },
-        "device": devices.device_name(device),
-        "precision": devices.dtype_name(dtype),
+        **{what: ", ".join(dict.fromkeys(row[what] for row in history))
+           for what in ("device", "precision")},
         "training_seconds": sum(row["seconds"] for row in history),
         "last_epoch": last,
     }
@@ -209,7 +207,7 @@ def train_lightning(
     """
     from utils import lightning_loop  # here, because it takes seconds
 
-    identity = training.run_identity(recipe, dtype=dtype, seed=seed, data=images.fingerprint)
+    identity = training.run_identity(recipe, seed=seed, data=images.fingerprint)
     module = lightning_loop.Classifier(build(recipe, images, seed=seed), recipe, identity=identity)
     trainer = lightning_loop.make_trainer(
         recipe, out, device=device, dtype=dtype, validation=images.validation_images is not None,

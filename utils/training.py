@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils import InputError, files
-from utils.devices import autocast, dtype_name
+from utils.devices import autocast, device_name, dtype_name
 from utils.optimization import clip_gradients
 from utils.progress import epoch_bar
 from utils.results import Results
@@ -22,23 +22,37 @@ ROW = (
 )
 
 
-def history_row(epoch, *, lr, train, test, images, seconds):
+def history_row(epoch, *, lr, train, test, images, seconds, device, dtype):
     """A row of the history: what is known after epoch number `epoch`, from 1, as a dict.
 
     `lr`: of the last step; `train`, `test`: loss and accuracy in percent; `seconds`: those of
-    the training alone. Raises InputError where a loss is not finite.
+    the training alone, on `device` in `dtype`. Raises InputError where a loss is not finite.
     """
     assert_finite(train[0] + test[0])
     return {
         "epoch": epoch, "lr": lr,
         "train_loss": train[0], "train_acc": train[1], "test_loss": test[0], "test_acc": test[1],
         "images_per_s": images / seconds, "seconds": seconds,
+        "device": device_name(device), "precision": dtype_name(dtype),
     }
 
 
 def table(history):
     """The rows of a history as an aligned table."""
     return "\n".join([HEADER, *(ROW.format(**row) for row in history)])
+
+
+def begin_table(history, *, images, epochs, dtype, **settings):
+    """Prints the table so far, and a line where the run goes on in another precision.
+
+    Returns the `epoch_bar` below which its other lines are to be written.
+    """
+    bar = epoch_bar(images, epochs, done=len(history), **settings)
+    bar.write(table(history))
+    before = history[-1]["precision"] if history else dtype_name(dtype)
+    if dtype_name(dtype) != before and len(history) < epochs:
+        bar.write(f"goes on in {dtype_name(dtype)}; it was {before} so far")
+    return bar
 
 
 def assert_finite(loss):
@@ -111,8 +125,8 @@ def train_epoch(
 
 @torch.inference_mode()
 def predict(model, batches, *, classes=(), dtype=None):
-    """`Results` of the network in evaluation mode on all of `batches`, in their order."""
-    was_training = model.training
+    """`Results` of the network on all of `batches`, in their order. Leaves it in evaluation mode.
+    """
     model.eval()
     device = next(model.parameters()).device
     logits, labels = [], []
@@ -121,13 +135,15 @@ def predict(model, batches, *, classes=(), dtype=None):
         with autocast(device, dtype):
             logits.append(model(images).float())
         labels.append(batch_labels)
-    model.train(was_training)
     return Results(torch.cat(logits).cpu(), torch.cat(labels).cpu(), tuple(classes))
 
 
-def run_identity(recipe, *, dtype=None, **others):
-    """What the checkpoints of one run agree in, a dict of plain values."""
-    return {"recipe": recipe.settings(), "precision": dtype_name(dtype), **others}
+def run_identity(recipe, *, processes=1, **others):
+    """What the checkpoints of one run agree in, a dict of plain values.
+
+    Not in device and precision: a run can go on where another one is fast.
+    """
+    return {"recipe": recipe.settings(), "processes": processes, **others}
 
 
 def fit(
@@ -139,9 +155,10 @@ def fit(
     Where the recipe averages weights, the average is evaluated, and is in the model at the end.
     With `checkpoint`, a path, everything is saved there after each epoch, whole or not at all.
     With `resume` a run that was cut off goes on after its last whole epoch; on a CPU it ends
-    with the same weights, bit for bit, as one that never was. Raises InputError for a checkpoint
-    that is damaged or belongs to another run, where recipe, precision or `identity`, a dict of
-    plain values, differ. Each line of the table is printed as soon as it is known.
+    with the same weights, bit for bit, as one that never was. It may go on in another `dtype`.
+    Raises InputError for a checkpoint that is damaged or belongs to another run, where recipe or
+    `identity`, a dict of plain values, differ. Each line of the table is printed as soon as it is
+    known. Leaves the model in evaluation mode.
     """
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -151,13 +168,12 @@ def fit(
         average = parts["average"] = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True
         )
-    identity = run_identity(recipe, dtype=dtype, **(identity or {}))
+    identity = run_identity(recipe, **(identity or {}))
     history = []
     if resume and checkpoint and Path(checkpoint).exists():
         history = files.restore_checkpoint(checkpoint, identity, parts, device=device)
     images = len(train_batches.order)
-    with epoch_bar(images, recipe.epochs, done=len(history)) as bar:
-        bar.write(table(history))
+    with begin_table(history, images=images, epochs=recipe.epochs, dtype=dtype) as bar:
         for epoch in range(len(history), recipe.epochs):
             bar.set_description(f"epoch {epoch + 1} of {recipe.epochs}")
             train_batches.set_epoch(epoch)
@@ -170,7 +186,7 @@ def fit(
             test = predict(average.module if average else model, test_batches, dtype=dtype)
             history.append(history_row(
                 epoch + 1, lr=rate, train=train, test=(test.loss, test.accuracy), images=images,
-                seconds=seconds,
+                seconds=seconds, device=device, dtype=dtype,
             ))
             if checkpoint:
                 files.save_checkpoint(checkpoint, identity, history, parts)
@@ -178,4 +194,5 @@ def fit(
             sys.stdout.flush()
     if average:
         model.load_state_dict(average.module.state_dict())
+    model.eval()
     return history
