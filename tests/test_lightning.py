@@ -289,6 +289,33 @@ def test_resumed_run_ends_with_the_averaged_weights(small_network, tmp_path, mon
         assert [row["epoch"] for row in history] == [1, 2, 3]
 
 
+def test_run_that_was_interrupted_in_an_evaluation_trains_on_in_training_mode(
+    small_network, tmp_path, monkeypatch
+):
+    """The same module, which the interrupt leaves in evaluation mode."""
+    settings = recipe("s10").scaled(epochs=3, batch_size=16).replace(cutout=2)
+    whole, _ = run.train_plain(settings, tiny_images(), device=CPU)
+    module = lightning_loop.Classifier(models.build(settings, tiny_images()), settings)
+    step = lightning_loop.Classifier.validation_step
+
+    def cut_off(module, batch, batch_idx):
+        if module.current_epoch == 1:
+            raise CutOffError
+        step(module, batch, batch_idx)
+
+    def fit():
+        trainer = lightning_loop.make_trainer(settings, tmp_path, device=CPU, validation=False)
+        datamodule = lightning_loop.ImageDataModule(settings, tiny_images())
+        lightning_loop.fit_trainer(trainer, module, datamodule, resume=True)
+
+    with monkeypatch.context() as patch, pytest.raises(CutOffError):
+        patch.setattr(lightning_loop.Classifier, "validation_step", cut_off)
+        fit()
+    fit()
+    assert_same_state(module.model, whole)
+    assert not module.model.training
+
+
 def test_interrupted_run_says_how_to_go_on(folder, small_network, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
