@@ -2,6 +2,8 @@
 
 from contextlib import contextmanager
 
+import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,39 @@ def cut_off_after(steps):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CutOffError):
         patch.setattr(training, "loss_and_correct", cut_off)
         yield
+
+
+class Reader:
+    """Somebody who runs a notebook's code cells, in this process.
+
+    `names`: what the cells have defined. A cell is told by a text that stands in it alone.
+    """
+
+    def __init__(self, path):
+        cells = nbformat.read(path, as_version=4).cells
+        self.cells = [cell.source for cell in cells if cell.cell_type == "code"]
+        self.names = {}
+
+    def place(self, text):
+        """The cell's position."""
+        (place,) = [i for i, source in enumerate(self.cells) if text in source]
+        return place
+
+    def edit(self, old, new):
+        """Writes `new` in the place of `old`."""
+        place = self.place(old)
+        self.cells[place] = self.cells[place].replace(old, new)
+
+    def run(self, first=None, last=None):
+        """The cells from `first`, or the top, to `last`, or the end; or `first` alone."""
+        start = self.place(first) if first else 0
+        end = self.place(last or first) if last or first else len(self.cells) - 1
+        for place in range(start, end + 1):
+            self.run_place(place)
+
+    def run_place(self, place):
+        exec(compile(self.cells[place], f"cell {place}", "exec"), self.names)
+        plt.close("all")
 
 
 def read_history(out):

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
 
-from utils import data, devices, files, training
-from utils.notebook import begin
+from tests.conftest import Small, tiny_images
+from utils import data, devices, files, run, training
+from utils.notebook import begin, is_recorded, run_folder
 from utils.recipes import recipe
 
 NOTEBOOKS = sorted(Path(__file__).parents[1].glob("*.ipynb"))
@@ -102,34 +104,75 @@ def test_stored_results_are_those_on_file():
     assert f"recorded runs: {len(runs)}; {accuracies}" in text
 
 
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """What is loaded: a few of them. Results are recorded, and runs made, in other folders."""
+    monkeypatch.setenv("COURSE_DATA", "pictures")
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("COURSE_TRAIN", "")
+    monkeypatch.setattr(data, "load", lambda source: tiny_images())
+    monkeypatch.setattr(devices, "amp_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(devices, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(files, "IMAGES", tmp_path / "images")
+    return tiny_images()
+
+
+def record_weights(images):
+    """Those of a recorded run of s10."""
+    about = run.weights_metadata(recipe("s10"), images)
+    files.save_weights(Small(3), files.IMAGES / "s10" / "weights.safetensors", metadata=about)
+
+
 @pytest.mark.parametrize("device, weights, wanted, train, epochs", [
-    ("cpu", True, None, False, 24), ("cpu", True, "1", True, 24), ("cpu", False, None, True, 5),
-    ("cpu", False, "1", True, 24), ("cuda", True, None, True, 24),
+    ("cpu", True, "", False, 24), ("cpu", True, "1", True, 24), ("cpu", False, "", True, 5),
+    ("cpu", False, "1", True, 24), ("cuda", True, "", True, 24),
 ])
 def test_a_cpu_takes_what_is_recorded(
-    device, weights, wanted, train, epochs, tmp_path, monkeypatch
+    device, weights, wanted, train, epochs, pictures, monkeypatch, capsys
 ):
     """Unless it is told to train, or nothing is recorded: then it trains for five epochs."""
-    monkeypatch.setenv("COURSE_DATA", str(tmp_path / "pictures"))
-    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("COURSE_TRAIN", wanted or "")
-    monkeypatch.setattr(data, "load", lambda source: f"what lies in {Path(source).name}")
+    monkeypatch.setenv("COURSE_TRAIN", wanted)
     monkeypatch.setattr(devices, "pick_device", lambda: torch.device(device))
-    monkeypatch.setattr(devices, "amp_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(files, "IMAGES", tmp_path)
     if weights:
-        (tmp_path / "s10").mkdir()
-        (tmp_path / "s10" / "weights.safetensors").write_text("")
-    assert begin("s10") == (
-        recipe("s10").scaled(epochs=epochs), "what lies in pictures", torch.device(device),
-        torch.bfloat16, tmp_path / "runs" / f"s10-pictures-{epochs}-epochs", train,
-    )
+        record_weights(pictures)
+    settings, images, *others = begin("s10")
+    assert images.fingerprint == pictures.fingerprint
+    assert [settings, *others] == [
+        recipe("s10").scaled(epochs=epochs), torch.device(device), torch.bfloat16, train
+    ]
+    said = capsys.readouterr().out
+    assert ("read from images/s10" in said, "5 of 24 epochs" in said) == (not train, epochs == 5)
+
+
+def test_what_is_recorded_is_for_the_images_that_it_was_made_on(pictures):
+    """But for a few pixels, in which copies of CIFAR-10 differ."""
+    record_weights(pictures)
+    copy, other = pictures.train_images.clone(), pictures.train_images.clone()
+    copy[0, 2, 0, 0] ^= 1
+    other[:, 2, 0] ^= 255
+    assert is_recorded("s10", replace(pictures, train_images=copy))
+    assert not is_recorded("s10", replace(pictures, train_images=other))
+    assert not is_recorded("s10", replace(pictures, classes=("a", "b", "d")))
+    assert not is_recorded("s12", pictures)
+
+
+def test_a_run_has_a_folder_of_its_own(pictures, monkeypatch):
+    """By its settings and its images, in the folder that is named, at home too."""
+    s10, others = recipe("s10"), replace(pictures, train_images=pictures.test_images)
+    folders = [run_folder(s10, pictures), run_folder(s10.replace(cutout=0), pictures),
+               run_folder(s10.scaled(epochs=4), pictures), run_folder(s10, others)]
+    assert len(set(folders)) == 4
+    assert run_folder(recipe("s10"), tiny_images()) == folders[0]
+    monkeypatch.setenv("COURSE_RUNS", "~/runs")
+    assert run_folder(s10, pictures) == Path.home() / "runs" / folders[0].name
 
 
 def test_samples_folder_vanishes_with_the_process():
     script = """
 from utils import notebook
-folder = notebook.begin("s10")[-2]
+recipe, images, *_ = notebook.begin("s10")
+folder = notebook.run_folder(recipe, images)
+folder.mkdir()
 (folder / "checkpoint.pt").write_text("")
 print(folder)
 """
@@ -167,6 +210,11 @@ def sessions(monkeypatch):
     server.server_close()
 
 
+def write_course(folder):
+    (folder / "utils").mkdir(parents=True)
+    (folder / "utils" / "recipes.py").write_text("")
+
+
 @pytest.fixture
 def first_cell(notebook, tmp_path, monkeypatch):
     """A function that runs it in an empty folder; git and pip are noted, not run."""
@@ -175,9 +223,10 @@ def first_cell(notebook, tmp_path, monkeypatch):
     def note(command, check):
         commands.append(command)
         if command[0] == "git":
-            Path(command[-1], "utils").mkdir(parents=True)
+            write_course(Path(command[-1]))
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setattr(subprocess, "run", note)
     (source,) = [cell.source for cell in code_cells(notebook) if "REPOSITORY =" in cell.source]
     return lambda **changes: (
@@ -225,9 +274,16 @@ def test_an_address_given_by_hand_is_taken(first_cell):
     assert git[-2:] == ["https://example.org/course", "course"]
 
 
+def test_another_projects_utils_are_not_taken_for_the_courses(first_cell):
+    Path("utils").mkdir()
+    (git,) = first_cell(repository="https://example.org/course")
+    assert git[-1] == Path.cwd().name == "course"
+    assert sys.path[0] == str(Path.cwd())
+
+
 def test_colab_installs_what_the_package_needs(first_cell, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.colab", sys)
-    Path("utils").mkdir()
+    write_course(Path())
     (install,) = first_cell()
     assert install[1:] == ["-m", "pip", "install", "-qr", "utils/requirements.txt"]
     needed = Path(__file__).parents[1].joinpath("utils/requirements.txt").read_text("utf-8")

@@ -347,13 +347,16 @@ def test_range_test_that_is_interrupted_puts_everything_back():
 
 
 def test_range_test_takes_the_batches_of_a_recipe():
-    """More steps than an epoch has."""
+    """More steps than an epoch has, and in the second one other orders and draws."""
     settings = SGD.replace(batch_size=16, cutout=2)
     model = Small(3)
     batches = training_batches(settings, tiny_images(), device=CPU)
     optimizer = make_optimizer(model, settings)
+    drawn, augment = [], batches.augment
+    batches.augment = lambda *given: drawn.append(augment(*given)) or drawn[-1]
     found = lr_range_test(model, batches, optimizer, settings, end_lr=1e-3, steps=5)
     assert len(found) == 5 > len(batches)
+    assert len({each.sum().item() for each in drawn}) == len(drawn) > len(batches)
 
 
 def test_range_test_keeps_only_finite_losses():

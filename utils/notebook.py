@@ -3,28 +3,31 @@
 Environment variables are read here and nowhere else. COURSE_DATA: `cifar10` (the default) or a
 folder for the real run, `sample` for a run of a minute on the built-in sample, as in the tests.
 COURSE_TRAIN=1 trains without a GPU too, which takes hours. COURSE_RUNS names the folder for
-checkpoints, where `runs` is not to be it.
+runs, where `runs` is not to be it.
 """
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
+
+import torch
 
 from utils import data, devices, files
 from utils.recipes import recipe
 
 CPU_EPOCHS = 5
 SAMPLE_EPOCHS = 1
-_temporary = []  # folders that vanish with the notebook's process
+_temporary = tempfile.TemporaryDirectory()  # which vanishes with this process
 
 
 def begin(name):
-    """(recipe, images, device, dtype, folder, train) for the notebook of the recipe `name`.
+    """(recipe, images, device, dtype, train) for the notebook of the recipe `name`.
 
-    `train`: whether to train, or else to take the recorded run of images/<name>: a CPU trains
-    only where it is told to, or, for five epochs, where no weights are recorded. On the sample
-    one epoch is trained. The peak stays at the same fraction. `folder` keeps the checkpoints, so
-    that a run that was cut off can go on; for the sample it is a new temporary one.
+    `train`: whether to train, or else to take the recorded run of images/<name>. A CPU trains
+    only where it is told to, or, for five epochs, where nothing is recorded for these images; a
+    line says what was decided. On the sample one epoch is trained. The peak stays at the same
+    fraction.
     """
     devices.prepare()
     source = os.environ.get("COURSE_DATA", "cifar10")
@@ -33,11 +36,39 @@ def begin(name):
     settings, dtype = recipe(name), devices.amp_dtype(device)
     if source == "sample":
         settings = settings.scaled(epochs=SAMPLE_EPOCHS, batch_size=images.batch_size)
-        _temporary.append(tempfile.TemporaryDirectory())
-        return settings, images, device, dtype, Path(_temporary[-1].name), True
+        return settings, images, device, dtype, True
     train = device.type != "cpu" or os.environ.get("COURSE_TRAIN") == "1"
-    if not train and not (files.IMAGES / name / "weights.safetensors").exists():
+    if not train and is_recorded(name, images):
+        print(f"No GPU: what takes hours is read from images/{name}; COURSE_TRAIN=1 trains here.")
+    elif not train:
+        print(f"No GPU, and no recorded run on these images: {CPU_EPOCHS} of {settings.epochs} "
+              "epochs are trained; COURSE_TRAIN=1 trains all of them.")
         train, settings = True, settings.scaled(epochs=CPU_EPOCHS)
-    run = f"{name}-{Path(source).resolve().name}-{settings.epochs}-epochs"
-    folder = Path(os.environ.get("COURSE_RUNS", "runs"), run)
-    return settings, images, device, dtype, folder, train
+    return settings, images, device, dtype, train
+
+
+def is_recorded(name, images):
+    """Whether images/<name> holds weights that were trained on the images of an `ImageData`.
+
+    They are told by their classes and their mean: copies of CIFAR-10 differ in a few pixels.
+    """
+    path = files.IMAGES / name / "weights.safetensors"
+    if not path.exists():
+        return False
+    _, about = files.read_weights(path)
+    same = torch.isclose(images.statistics[0], torch.tensor(about["mean"]).double(), atol=1e-4)
+    return about["classes"] == list(images.classes) and same.all().item()
+
+
+def run_folder(recipe, images):
+    """The folder for what a run of the recipe on an `ImageData` leaves.
+
+    The same for the same settings and images, so that a run that was cut off goes on there, and
+    another for others. For the sample it vanishes with this process.
+    """
+    source = os.environ.get("COURSE_DATA", "cifar10")
+    runs = _temporary.name if source == "sample" else os.environ.get("COURSE_RUNS", "runs")
+    identity = repr((recipe.settings(), images.fingerprint))
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    run = f"{recipe.name}-{Path(source).resolve().name}-{recipe.epochs}-epochs-{digest}"
+    return Path(runs).expanduser() / run

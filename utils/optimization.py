@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import warnings
 
 import numpy as np
@@ -117,8 +118,8 @@ def lr_range_test(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how to draw its own plot
             finder.range_test(
-                TrainDataLoaderIter(batches), start_lr=start_lr, end_lr=end_lr, num_iter=steps,
-                smooth_f=SMOOTHING, diverge_th=2,
+                TrainDataLoaderIter(_all_epochs(batches)), start_lr=start_lr, end_lr=end_lr,
+                num_iter=steps, smooth_f=SMOOTHING, diverge_th=2,
             )
     finally:
         hook.remove()
@@ -131,6 +132,14 @@ def lr_range_test(
     smoothed, before = found["smoothed"], found["smoothed"].shift()
     loss = ((smoothed - (1 - SMOOTHING) * before) / SMOOTHING).fillna(smoothed)  # the first
     return found.assign(loss=loss)[["lr", "loss", "smoothed"]]
+
+
+def _all_epochs(batches):
+    """Epoch after epoch of `batches`, each with an order and draws of its own."""
+    for epoch in itertools.count():
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(epoch)
+        yield from batches
 
 
 def suggested_lr(found):

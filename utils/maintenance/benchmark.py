@@ -101,10 +101,7 @@ def measure(*, device, images, batch_size=BATCH_SIZE, repeats=2):
     add("freed memory kept over given back", "times", speeds[OURS], speeds[GIVEN_BACK])
     add("our training over the matrix product", "times", speeds[OURS],
         products[devices.dtype_name(dtype)], training_flops())
-    by_phase = {
-        "plain": own_process(None, plain_phases, pixels, **how),
-        "ours": own_process(devices.prepare, our_phases, pixels, **how),
-    }
+    by_phase = step_phases(pixels, **how)
     for way, times in by_phase.items():
         for phase, values in times.items():
             add(f"training, {way}: {phase}", "ms/image", values)
@@ -271,8 +268,14 @@ def our_phases(images, *, device, dtype=None, batch_size=BATCH_SIZE):
 
 
 def step_phases(images, **how):
-    """{"plain": …, "ours": …} of `phases`, in this process; `how`: see `our_phases`."""
-    return {"plain": plain_phases(images, **how), "ours": our_phases(images, **how)}
+    """{"plain": …, "ours": …} of `phases`, each in a process of its own.
+
+    `how`: see `our_phases`.
+    """
+    return {
+        "plain": own_process(None, plain_phases, images, **how),
+        "ours": own_process(devices.prepare, our_phases, images, **how),
+    }
 
 
 def median_phases(by_phase):
