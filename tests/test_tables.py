@@ -34,8 +34,8 @@ def test_results(tmp_path):
         "| 50.0 min, A, float32 |",
     ]
     sentence = (
-        "Recipes without a full run here, and their claims: `python -m utils.train s10_cpu` (–), "
-        "`python -m utils.train resnet9` ([–&nbsp;/&nbsp;90.71](e))."
+        "Recipes without a full run here, and their sources' claims: `python -m utils.train "
+        "s10_cpu` (–), `python -m utils.train resnet9` ([–&nbsp;/&nbsp;90.71](e))."
     )
     assert tables.results(tmp_path).splitlines() == [*rows, "", sentence]
     for name in ("s10_cpu", "resnet9"):

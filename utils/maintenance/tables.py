@@ -38,7 +38,7 @@ def results(folder=IMAGES):
             rows.append([f"`{name}` {change}".strip(), what, claim, *cells])
         else:
             without_run.append(f"`python -m utils.train {name}` ({claim})")
-    intro = "\nRecipes without a full run here, and their claims: "
+    intro = "\nRecipes without a full run here, and their sources' claims: "
     return markdown(head, rows) + (f"{intro}{', '.join(without_run)}.\n" if without_run else "")
 
 
