@@ -76,6 +76,23 @@ class CutOffError(Exception):
     """What ends a run in `cut_off_after`."""
 
 
+@pytest.fixture
+def small_files():
+    """`with small_files(size)`: no file can be longer, as on a disk that is nearly full."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit to files' sizes")
+
+    @contextmanager
+    def limited(size):
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    return limited
+
+
 @contextmanager
 def cut_off_after(steps):
     """Both loops raise an error instead of making step number `steps` + 1."""

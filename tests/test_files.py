@@ -47,6 +47,28 @@ def test_the_old_file_is_kept_when_the_block_raises(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def write_checkpoint(path):
+    files.save_checkpoint(path, IDENTITY, [], {"model": network()})
+
+
+def write_weights(path):
+    files.save_weights(network(), path)
+
+
+@pytest.mark.parametrize("write", [write_checkpoint, write_weights])
+def test_what_can_not_be_written_is_one_line_and_the_old_file_is_kept(tmp_path, small_files, write):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with small_files(100), pytest.raises(InputError, match="^[^\n]*file can't be written [^\n]*$"):
+        write(path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match="can't be written"):
+        write(tmp_path / ("x" * 300))
+    write(path)
+    (tmp_path / "plain").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # not for its owner alone
+
+
 @given(st.lists(st.tuples(
     st.integers(0, 2**53), st.floats(allow_nan=False, allow_infinity=False),
     st.text(st.characters(categories=["L", "N", "P", "Zs"]), max_size=5).map("<{}>".format),

@@ -213,19 +213,49 @@ def test_damaged_checkpoint(folder, out, tmp_path):
         train.main(["s12", "--data", str(folder), "--out", str(tmp_path), *SHORT, "--resume"])
 
 
-def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, small_files):
     path = tmp_path / "last.ckpt"
     path.write_text("old")
-
-    def full_disk(checkpoint, part):
-        Path(part).write_text("half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        lightning_loop.WholeFileIO().save_checkpoint({}, path)
+    with small_files(1000), pytest.raises(InputError, match="last.ckpt can't be written"):
+        lightning_loop.WholeFileIO().save_checkpoint({"x": torch.zeros(1000)}, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGUSR1")
+def test_single_run_is_the_first_process_whatever_the_environment_says(
+    folder, out, small_network, no_figures, tmp_path, monkeypatch
+):
+    """It logs. A checkpoint that SLURM's requeueing left is not gone on with, and none is made."""
+    handlers = []
+
+    def on_train_start(table, trainer, module):
+        handlers.append(signal.getsignal(signal.SIGUSR1))
+
+    monkeypatch.setattr(lightning_loop.EpochTable, "on_train_start", on_train_start, raising=False)
+    for name in ("RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "s12")
+    monkeypatch.setattr(lightning_loop.rank_zero_only, "rank", 1)  # as Lightning's import does
+    monkeypatch.chdir(tmp_path)
+    Path("hpc_ckpt_1.ckpt").write_bytes((out / "last.ckpt").read_bytes())
+    train.main(["s12", "--data", str(folder), "--out", "mine", *SHORT, "--seed", "1"])
+    assert handlers == [signal.SIG_DFL]
+    assert [row["epoch"] for row in read_history(Path("mine"))] == [1, 2, 3]
+    assert len(lightning_loop.read_log("mine")["test_loss"].dropna()) == 3
+
+
+def test_slurm_requeues_no_run_of_several_processes(tmp_path, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.setenv(name, "2")
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("SLURM_JOB_NAME", "s12")
+    trainer = lightning_loop.make_trainer(recipe("s12"), tmp_path, device=CPU, devices=2)
+    environment = trainer.strategy.cluster_environment
+    assert isinstance(environment, lightning_loop.SLURMEnvironment)
+    assert not environment.auto_requeue
+    assert trainer.default_root_dir == str(tmp_path)
 
 
 # Runs that end early
@@ -252,7 +282,7 @@ train.main(sys.argv[1:])
     command = ["s12", "--data", str(folder), "--out", str(killed), *SHORT]
     process = run_script(tmp_path / "killed.py", script, *command)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert not (killed / "history.csv").exists()
+    assert (killed / "history.csv").read_bytes() == b""
 
     train.main([*command, "--resume"])
     assert_same_state(*(load_weights(path / "weights.safetensors") for path in (killed, out)))

@@ -94,7 +94,8 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
     elif "--help" not in given:
         arguments = tyro.cli(module.Arguments, args=given)
         if isinstance(arguments, run.Options):
-            run.output_folder(arguments.chosen(), arguments)
+            with run.output_folder(arguments.chosen(), arguments):
+                pass
 
 
 def python_of(page):

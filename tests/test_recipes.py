@@ -176,6 +176,11 @@ def test_unknown_setting():
     assert refused(cutouts=4) == "a recipe has no setting cutouts"
 
 
+def test_a_recipe_needs_a_name():
+    with pytest.raises(InputError, match="^a recipe needs a name$"):
+        Recipe(epochs=3)
+
+
 @pytest.mark.parametrize("epochs", [4, 5])
 def test_peak_at_or_past_the_end(epochs):
     """As a recipe whose length alone is changed would have it."""

@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from utils import InputError, files
 from utils.results import Results, read_predictions, save_predictions
 
 
@@ -141,3 +142,13 @@ def test_predictions_come_back_sorted_by_class(tmp_path):
     found = read_predictions(tmp_path / "kept")
     assert torch.equal(found.logits, logits[[1, 0, 2]].half().float())
     assert found.labels.tolist() == [0, 1, 1] and found.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("tensors, about", [
+    ({"fc.weight": torch.zeros(2)}, {"classes": ["cat"]}),
+    ({"logits": torch.zeros(1, 1), "labels": torch.zeros(1)}, {}),
+])
+def test_another_file_holds_no_predictions(tmp_path, tensors, about):
+    files.save_tensors(tensors, tmp_path / "w", about)
+    with pytest.raises(InputError, match="w holds no predictions; [^\n]*$"):
+        read_predictions(tmp_path / "w")

@@ -2,8 +2,11 @@
 
 import json
 import platform
+import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from PIL import Image
 
 from conftest import (
     CPU,
+    CutOffError,
     Small,
     assert_same_state,
     cut_off_after,
@@ -33,8 +37,8 @@ LIGHTNING = SHORT.replace(loop="lightning")
 def start(recipe=SHORT, *, images=None, **options):
     """As the command does it. Returns the folder."""
     options = replace(OPTIONS, **options)
-    out = run.output_folder(recipe, options)
-    run.run(recipe, images or tiny_images(), options, out)
+    with run.output_folder(recipe, options) as out:
+        run.run(recipe, images or tiny_images(), options, out)
     return out
 
 
@@ -165,12 +169,29 @@ def test_a_share_is_held_out_where_the_recipe_says_so(tmp_path, capsys):
     assert "33 training, 9 validation and 18 test images" in capsys.readouterr().out
 
 
-def test_resuming_a_finished_run_changes_no_results(out, tmp_path):
+def test_resuming_a_finished_run_changes_no_results(out, tmp_path, monkeypatch):
+    """Nor the commit that is noted: nothing was trained by today's."""
     mine = Path(shutil.copytree(out, tmp_path / "mine"))
+    monkeypatch.setattr(run, "current_commit", lambda: "today's")
     start(out=mine, resume=True)
     before, after = contents(out), contents(mine)
     for name in ("weights.safetensors", "history.csv", "checkpoint.pt", "metrics.json"):
         assert after[name] == before[name]
+
+
+def test_a_picture_that_fails_costs_no_run(tmp_path, monkeypatch):
+    """All else is written by then, and `--resume` has only the pictures to draw."""
+    def fail(*_):
+        raise CutOffError
+
+    monkeypatch.setattr(run, "save_figures", fail)
+    with pytest.raises(CutOffError):
+        start(out=tmp_path / "new")
+    before = contents(tmp_path / "new")
+    assert set(before) == {"checkpoint.pt", "history.csv", "metrics.json", "weights.safetensors"}
+    monkeypatch.setattr(run, "save_figures", lambda *_: [])
+    start(out=tmp_path / "new", resume=True)
+    assert contents(tmp_path / "new") == before
 
 
 def git(folder, *arguments):
@@ -182,8 +203,11 @@ def git(folder, *arguments):
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
 def test_commit(tmp_path, monkeypatch):
     current_commit = run.current_commit.__wrapped__  # asked anew each time
-    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    (tmp_path / "utils").mkdir()
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "utils" / "run.py"))
+    assert current_commit() == ""
+    git(tmp_path.parent, "init")
+    git(tmp_path.parent, "commit", "--allow-empty", "-m", "of another repository")
     assert current_commit() == ""
     git(tmp_path, "init")
     (tmp_path / "run.py").write_text("one")
@@ -251,7 +275,7 @@ def test_resume_goes_on_in_the_newest_folder(here):
     with cut_off_after(4):
         start()
     newest = Path("runs/s10-tiny-seed0-2")
-    assert contents(newest).keys() == {"checkpoint.pt"}
+    assert contents(newest).keys() == {"checkpoint.pt", "history.csv"}
     assert start(resume=True) == newest
     assert without_times(read_history(newest)) == without_times(read_history(first))
     assert contents(first) == before and len(list(Path("runs").iterdir())) == 2
@@ -262,19 +286,95 @@ def test_the_folder_is_called_after_the_folder_of_the_data(here, monkeypatch, so
     (here / "colours").mkdir()
     monkeypatch.chdir(here / "colours")
     options = replace(OPTIONS, data=source.format(here / "colours"))
-    assert run.output_folder(SHORT, options) == Path("runs/s10-colours-seed0")
+    with run.output_folder(SHORT, options) as out:
+        assert out == Path("runs/s10-colours-seed0")
 
 
-@pytest.mark.parametrize("options, environment", [
-    ({"devices": 2}, {}), ({"num_nodes": 2}, {}), ({}, {"WORLD_SIZE": "2"}),
-], ids=str)
-def test_several_processes_need_a_named_folder(here, monkeypatch, options, environment):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def refused(recipe, **options):
+    """Why there is no folder for such a run."""
     options = replace(OPTIONS, **options)
-    with pytest.raises(InputError, match="^several processes need [^\n]*--out"):
-        run.output_folder(LIGHTNING, options)
-    assert run.output_folder(LIGHTNING, replace(options, out=Path("x"))) == Path("x")
+    with pytest.raises(InputError) as caught, run.output_folder(recipe, options):
+        raise AssertionError("a folder for what can't be run")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"devices": 2}, {"num_nodes": 2}], ids=str)
+def test_several_processes_need_a_named_folder(here, options):
+    assert re.match("several processes need [^\n]*--out", refused(LIGHTNING, **options))
+    with run.output_folder(LIGHTNING, replace(OPTIONS, out=Path("x"), **options)) as out:
+        assert out == Path("x")
+
+
+@pytest.mark.parametrize("settings", [SHORT, LIGHTNING], ids=["plain", "lightning"])
+@pytest.mark.parametrize("started, options", [
+    ("2", {}), ("1", {"devices": 2}), ("4", {"devices": 4, "num_nodes": 2}),
+], ids=str)
+def test_torchrun_and_the_command_must_agree(here, monkeypatch, settings, started, options):
+    """Else each of its processes would train everything, alone, into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", started)
+    asked = options.get("devices", 1) * options.get("num_nodes", 1)
+    message = refused(settings, out=Path("x"), **options)
+    assert message == (
+        f"--devices and --num-nodes ask for {asked} process(es), but WORLD_SIZE, which torchrun "
+        f"sets, is {started}; make them agree"
+    )
+    assert list(here.iterdir()) == []
+
+
+def test_two_runs_at_once_have_folders_of_their_own(here):
+    named = replace(OPTIONS, out=Path("mine"))
+    with run.output_folder(SHORT, OPTIONS) as first, run.output_folder(SHORT, OPTIONS) as second:
+        assert (first, second) == (Path("runs/s10-tiny-seed0"), Path("runs/s10-tiny-seed0-2"))
+    with run.output_folder(SHORT, named):
+        assert refused(SHORT, out=Path("mine")).startswith("mine holds a run already; add --resume")
+    assert list(here.iterdir()) == []  # nothing has come about
+
+
+def test_of_many_commands_at_once_each_gets_another_folder(here):
+    with ThreadPoolExecutor(8) as pool, ExitStack() as stack:
+        folders = pool.map(
+            lambda _: stack.enter_context(run.output_folder(SHORT, OPTIONS)), range(24)
+        )
+        assert len(set(folders)) == 24
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "history.csv", "metrics.json"])
+def test_a_finished_run_is_kept_whatever_of_it_was_deleted(out, tmp_path, name):
+    mine = Path(shutil.copytree(out, tmp_path / "mine"))
+    (mine / name).unlink()
+    before = contents(mine)
+    with pytest.raises(InputError, match="mine holds a run already; "):
+        start(out=mine)
+    assert contents(mine) == before
+
+
+def test_a_folder_of_notes_can_be_used_again_after_a_failure(here):
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    with pytest.raises(CutOffError), run.output_folder(SHORT, replace(OPTIONS, out=Path("mine"))):
+        raise CutOffError
+    assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
+    assert start(out=Path("mine")) == Path("mine")
+
+
+def test_the_home_folder_is_meant_by_its_short_name(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    monkeypatch.setenv("USERPROFILE", str(here / "home"))
+    with run.output_folder(SHORT, replace(OPTIONS, out=Path("~/mine"))) as out:
+        assert out == here / "home" / "mine" and out.is_dir()
+
+
+def test_a_name_that_is_too_long_is_refused_at_once(here):
+    message = refused(SHORT, out=Path("x" * 300))
+    assert re.fullmatch(r"x+ can't be written \([^\n]*\); [^\n]*another folder", message)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_full_disk_is_noticed_before_pictures_are_read(out, tmp_path, small_files, resume):
+    mine = Path(shutil.copytree(out, tmp_path / "mine")) if resume else tmp_path / "mine"
+    with small_files(1000):
+        message = refused(SHORT, out=mine, resume=resume)
+    assert "mine can't be written" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("name", ["mine", "mine/new", "mine/new/newer"])

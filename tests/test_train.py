@@ -1,5 +1,6 @@
 """The command line: what it asks for, what it refuses, how it ends, and a run that was killed."""
 
+import io
 import os
 import re
 import signal
@@ -160,10 +161,12 @@ def test_pictures_that_can_not_be_used_are_named_in_one_line(tmp_path):
     (KeyboardInterrupt(), r"\ninterrupted; [^\n]*--resume[^\n]*"),
     (InputError("lower it"), "error: lower it"),
 ], ids=["interrupt", "error"])
-@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "LOCAL_RANK"])
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_only_the_first_process_speaks(
-    asked, monkeypatch, tmp_path, capsys, error, words, variable
+    asked, monkeypatch, tmp_path, capsys, error, words, variable, processes
 ):
+    """A single one always does: something else has set the variable."""
     def stop(*_):
         print("a table")
         raise error
@@ -171,11 +174,31 @@ def test_only_the_first_process_speaks(
     monkeypatch.setattr(run, "run", stop)
     for rank in ("0", "1"):
         monkeypatch.setenv(variable, rank)
-        code, output = stopped("s10", "--out", tmp_path), capsys.readouterr()
-        if rank == "0":
+        command = ["s10", "--loop", "lightning", "--devices", processes, "--out", tmp_path]
+        code, output = stopped(*command), capsys.readouterr()
+        if rank == "0" or processes == 1:
             assert re.fullmatch(words, code) and output.out == "a table\n"
         else:
             assert code == 1 and output.out + output.err == ""
+
+
+def test_what_the_encoding_lacks_stops_no_command():
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, "ascii") as stream:
+        print("8×8 pixels → ok \udcff", file=train.Output(stream), flush=True)
+        assert written.getvalue() == b"8?8 pixels ? ok ?\n"
+
+
+def test_a_reader_that_has_gone_stops_no_command():
+    """As `head` does in `python -m utils.train s10 | head -2`."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        output = train.Output(stream)
+        print("first", file=output, flush=True)
+        assert os.read(reader, 9) == b"first\n"
+        os.close(reader)
+        print("second", file=output, flush=True)
+        print("third", file=output, flush=True)
 
 
 # Real processes
@@ -224,7 +247,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch, n
     process = start(tmp_path, "killed.py", *command)
     assert process.returncode == -signal.SIGKILL, process.stderr
     out = tmp_path / "runs" / "s10-colours-seed0"
-    assert [path.name for path in out.iterdir()] == ["checkpoint.pt"]
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "history.csv"}
     assert len(files.read_checkpoint(out / "checkpoint.pt")["history"]) == 1
 
     process = start(tmp_path, "-m", "utils.train", *command, "--resume")

@@ -142,7 +142,7 @@ class PerImageDataset(Dataset):
     def __init__(self, images, labels, pipeline):
         # albumentations wants (H, W, 3) arrays
         self.images = images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
-        self.labels, self.pipeline = labels.cpu(), pipeline
+        self.labels, self.pipeline = labels.cpu().numpy(), pipeline
 
     def __len__(self):
         return len(self.images)
@@ -165,7 +165,7 @@ class PerImageBatches(DataLoader):
         workers = min(cores(), 8) if workers is None else workers
         super().__init__(
             dataset, batch_size=batch_size, sampler=order, num_workers=workers,
-            persistent_workers=workers > 0, generator=torch.Generator(),
+            persistent_workers=workers > 0, generator=torch.Generator(), collate_fn=_arrays,
         )
         self.order = order
 
@@ -175,4 +175,11 @@ class PerImageBatches(DataLoader):
 
     def __iter__(self):
         # Workers begin when the first batch is asked for: Lightning sets the epoch after `iter`.
-        yield from super().__iter__()
+        for images, labels in super().__iter__():
+            yield torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _arrays(samples):
+    """A batch as a worker sends it: tensors would need shared memory, which is scarce in Docker."""
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images).numpy(), np.stack(labels)

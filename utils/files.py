@@ -1,15 +1,16 @@
 """Files of a run, each writer beside its reader: tables, checkpoints, weights."""
 
+import io
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from utils import InputError
 
@@ -18,16 +19,32 @@ CHECKPOINTS = {"plain": "checkpoint.pt", "lightning": "last.ckpt"}
 
 
 @contextmanager
+def writing(path):
+    """Raises InputError where the block can't write: no permission, a full disk, a long name."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} can't be written ({error.strerror}); make room, or name another folder"
+        ) from error
+
+
+@contextmanager
 def whole_file(path):
-    """A path to write to; it takes the place of `path` only when the block ends well."""
+    """A path to write to; it takes the place of `path` only when the block ends well.
+
+    Raises InputError where it can't be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        yield part
-        os.replace(part, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or its name is too long
+            part.unlink()
 
 
 def save_text(text, path):
@@ -65,8 +82,15 @@ def read_metrics(out):
 def save_checkpoint(path, identity, history, parts):
     """`identity`: a dict of plain values; `parts`: objects with a `state_dict`, by name."""
     state = {name: part.state_dict() for name, part in parts.items()}
+    save_objects({"identity": identity, "history": list(history), **state}, path)
+
+
+def save_objects(objects, path):
+    """By torch.save, which itself would leave half a file on a full disk and not say why."""
+    content = io.BytesIO()
+    torch.save(objects, content)
     with whole_file(path) as part:
-        torch.save({"identity": identity, "history": list(history), **state}, part)
+        part.write_bytes(content.getbuffer())
 
 
 def read_checkpoint(path, identity=None, *, device="cpu"):
@@ -114,8 +138,9 @@ def save_tensors(tensors, path, metadata=None):
     """A dict of tensors and a dict of plain values as safetensors, for `read_weights`."""
     # One entry, because safetensors writes several in an order that changes from file to file.
     about = {"run": json.dumps(metadata or {}, sort_keys=True)}
-    with whole_file(path) as part:
-        save_file(tensors, part, about)
+    content = save(tensors, about)
+    with whole_file(path) as part:  # save_file would keep it from all other users
+        part.write_bytes(content)
 
 
 def read_weights(path):

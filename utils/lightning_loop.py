@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -185,8 +187,7 @@ class WholeFileIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        with files.whole_file(path) as part:
-            torch.save(checkpoint, part)
+        files.save_objects(checkpoint, path)
 
 
 def make_trainer(
@@ -200,6 +201,12 @@ def make_trainer(
     """
     if device.type == "cpu" and dtype == torch.float16:
         raise InputError("Lightning has no float16 on CPUs; choose another --precision")
+    plugins = [WholeFileIO()]
+    if devices * num_nodes == 1:  # whatever RANK or SLURM_PROCID say
+        plugins.append(LightningEnvironment())
+        rank_zero_only.rank = 0
+    elif SLURMEnvironment.detect():  # requeueing would leave a checkpoint beside ours
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     keep = {"dirpath": out, "enable_version_counter": False, "save_on_train_epoch_end": True}
     callbacks = [
         EpochTable(dtype),
@@ -233,7 +240,8 @@ def make_trainer(
             ],
             log_every_n_steps=5,
             callbacks=callbacks,
-            plugins=[WholeFileIO()],
+            plugins=plugins,
+            default_root_dir=out,  # where a checkpoint from SLURM would be looked for
             enable_progress_bar=False,
             enable_model_summary=False,
         )

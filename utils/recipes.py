@@ -108,6 +108,8 @@ class Recipe(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name, reason = first["loc"][0], first["msg"].partition("should ")[2]
+            if first["type"] == "missing":
+                raise InputError(f"a recipe needs a {name}") from None
             if not reason:
                 raise InputError(f"a recipe has no setting {name}") from None
             raise InputError(f"{name} must {reason}, not {first['input']!r}") from None

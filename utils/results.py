@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from utils import files
+from utils import InputError, files
 
 BINS = 15  # of confidence, from 0 to 1
 
@@ -120,6 +120,9 @@ def save_predictions(results, path):
 
 
 def read_predictions(path):
-    """`Results` of a file by `save_predictions`. Raises InputError where it is damaged."""
+    """`Results` of a file by `save_predictions`. Raises InputError where it is none."""
     tensors, about = files.read_weights(path)
-    return Results(tensors["logits"].float(), tensors["labels"], tuple(about["classes"]))
+    try:
+        return Results(tensors["logits"].float(), tensors["labels"], tuple(about["classes"]))
+    except KeyError as error:
+        raise InputError(f"{path} holds no predictions; name a predictions.safetensors") from error

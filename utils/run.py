@@ -1,12 +1,15 @@
 """A recipe on an `ImageData` into a folder: what every command calls."""
 
 import functools
+import itertools
 import json
 import os
 import platform
 import subprocess
+import tempfile
 import textwrap
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -54,41 +57,104 @@ class Options:
         if min(self.devices, self.num_nodes) < 1:
             raise InputError("--devices and --num-nodes must be at least 1")
 
+    @property
+    def processes(self):
+        """How many there are on all machines."""
+        return self.devices * self.num_nodes
+
+
+# Whatever of these is there, a run is. The history comes first, and empty.
+FILES = ("history.csv", "weights.safetensors", "metrics.json", *files.CHECKPOINTS.values())
+
 
 def folder_name(recipe, options):
     """What the folder of a run is called where nothing else is said."""
     return f"{recipe.name}-{Path(options.data).resolve().name}-seed{options.seed}"
 
 
-def output_folder(recipe, options):
-    """The folder of the run that `options` ask for.
+def is_first_process(options):
+    """Whether this is the first of the processes that `options` ask for: it speaks and writes.
 
-    Raises InputError where it can't be one or holds another run.
+    Where they ask for one it is that, whatever the environment says of others.
     """
-    processes = max(options.devices * options.num_nodes, int(os.environ.get("WORLD_SIZE", 1)))
-    if recipe.loop == "plain" and (processes > 1 or options.strategy != "auto"):
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return options.processes == 1 or {os.environ.get(name, "0") for name in names} == {"0"}
+
+
+def check_processes(recipe, options):
+    """Raises InputError where the recipe can't be run by as many processes as there are."""
+    asked = str(options.processes)
+    started = os.environ.get("WORLD_SIZE", asked)
+    if started != asked:
+        raise InputError(
+            f"--devices and --num-nodes ask for {asked} process(es), but WORLD_SIZE, which "
+            f"torchrun sets, is {started}; make them agree"
+        )
+    if recipe.loop == "plain" and (options.processes > 1 or options.strategy != "auto"):
         raise InputError("several processes (--devices, --num-nodes) need --loop lightning")
-    out = options.out
-    if out is None:
-        if processes > 1:
-            raise InputError("several processes need one folder for all of them; name it by --out")
-        first = newest = out = Path("runs", folder_name(recipe, options))
-        number = 1
-        while out.exists():
-            newest, number = out, number + 1
-            out = first.with_name(f"{first.name}-{number}")
-        out = newest if options.resume else out
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file; name another --out")
-    there = [loop for loop, name in files.CHECKPOINTS.items() if (out / name).exists()]
-    if there and not options.resume:
+    if options.out is None and options.processes > 1:
+        raise InputError("several processes need one folder for all of them; name it by --out")
+
+
+@contextmanager
+def output_folder(recipe, options):
+    """The folder of the run that `options` ask for, which no other run can take any more.
+
+    Where nothing comes about it is given back at the end. Raises InputError where it can't be
+    one, can't be written to, or holds another run.
+    """
+    check_processes(recipe, options)
+    named = options.out or Path("runs", folder_name(recipe, options))
+    named = Path(os.path.expanduser(named))
+    if not is_first_process(options):
+        yield named
+        return
+    numbered = (named.with_name(f"{named.name}-{number}") for number in itertools.count(2))
+    folders = [named]
+    if options.out is None and options.resume:
+        folders = [named, *itertools.takewhile(os.path.exists, numbered)][-1:]
+    elif options.out is None:
+        folders = itertools.filterfalse(os.path.exists, itertools.chain([named], numbered))
+    for out in folders:
+        made = [path for path in (out, *out.parents) if not os.path.exists(path)]
+        if _reserve(out) or options.resume:
+            break
+    else:
         raise InputError(
             f"{out} holds a run already; add --resume to go on with it, or name another --out"
         )
+    there = [loop for loop, name in files.CHECKPOINTS.items() if (out / name).exists()]
     if there and recipe.loop not in there:
         raise InputError(f"{out} holds a run of the other loop; add --loop {there[0]}")
-    return out
+    try:
+        yield out
+    finally:
+        if not any((out / name).exists() and (out / name).stat().st_size for name in FILES):
+            (out / "history.csv").unlink(missing_ok=True)
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
+
+
+def _reserve(out):
+    """Whether a folder was free for a run. It is no more: an empty history stands for the run.
+
+    Raises InputError where it can't be one, or can't be written to.
+    """
+    for path in (out, *out.parents):
+        if os.path.isfile(path):
+            raise InputError(f"{path} is a file; name another --out")
+    with files.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as trial:
+            trial.write(bytes(2**20))
+        if any((out / name).exists() for name in FILES):
+            return False
+        try:
+            (out / "history.csv").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    return True
 
 
 def run(recipe, images, options, out):
@@ -121,11 +187,6 @@ def run(recipe, images, options, out):
     about = weights_metadata(recipe, images, seed=options.seed)
     files.save_weights(model, out / "weights.safetensors", metadata=about)
     files.save_table(history, out / "history.csv")
-    figures = save_figures(out, recipe, images, results, history)
-    if recipe.loop == "lightning":
-        from utils import lightning_loop
-
-        lightning_loop.log_pictures(out, figures, step=recipe.epochs)
     last = history[-1]
     metrics = {
         "recipe": recipe.model_dump(mode="json"),
@@ -144,7 +205,13 @@ def run(recipe, images, options, out):
         "training_seconds": sum(row["seconds"] for row in history),
         "last_epoch": last,
     }
-    files.save_text(json.dumps(metrics, indent=2) + "\n", out / "metrics.json")
+    if not (out / "metrics.json").exists():  # else nothing was trained just now
+        files.save_text(json.dumps(metrics, indent=2) + "\n", out / "metrics.json")
+    figures = save_figures(out, recipe, images, results, history)
+    if recipe.loop == "lightning":
+        from utils import lightning_loop
+
+        lightning_loop.log_pictures(out, figures, step=recipe.epochs)
     elapsed = timedelta(seconds=round(time.perf_counter() - start))
     print(
         f"\ntest accuracy {last['test_acc']:.2f} %, train accuracy {last['train_acc']:.2f} % at "
@@ -170,10 +237,15 @@ def weights_metadata(recipe, images, *, seed=0):
 
 @functools.cache  # what is committed later is not what runs here
 def current_commit():
-    """The repository's commit, with "+" where its files differ from it; "" without git."""
-    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    """The repository's commit, with "+" where its files differ from it; "" without git.
+
+    A copy without .git has none, also where it lies in another repository.
+    """
+    root = Path(__file__).parents[1]
+    command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    command += ["describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = subprocess.run(command, cwd=root, capture_output=True, text=True)
     except OSError:
         return ""
     return git.stdout.strip()

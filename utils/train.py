@@ -54,28 +54,65 @@ class Arguments(run.Options):
 
 
 def main(arguments=None):
-    # Where torchrun, SLURM or Lightning start several processes, only the first one speaks.
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-    stdout = sys.stdout if first else io.StringIO()
     hint = "; the same command with --resume goes on from the last whole epoch"
-    with contextlib.redirect_stdout(stdout), as_command(first, hint=hint):
+    with as_command(hint=hint):
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.train")
-        out = run.output_folder(args.chosen(), args)  # refused before pictures are read
-        images = data.load(args.data)
-        run.run(args.chosen(images), images, args, out)
+        speaks = contextlib.nullcontext() if run.is_first_process(args) else _silence()
+        # what the folder rules out is refused before pictures are read
+        with speaks, run.output_folder(args.chosen(), args) as out:
+            images = data.load(args.data)
+            run.run(args.chosen(images), images, args, out)
 
 
 @contextlib.contextmanager
-def as_command(aloud=True, *, hint=""):
-    """For a command: draws to files alone; InputError and Ctrl-C end it with one line, or none."""
+def as_command(*, hint=""):
+    """For a command: draws to files alone; what can't be done and Ctrl-C end it with one line.
+
+    That is InputError, and OSError where something can't be written.
+    """
     plt.switch_backend("Agg")  # no window, no display needed
     try:
-        yield
-    except InputError as error:
-        sys.exit(f"error: {error}" if aloud else 1)
+        with contextlib.redirect_stdout(Output(sys.stdout)):
+            yield
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted{hint}" if aloud else 1)
+        sys.exit(f"\ninterrupted{hint}")
+
+
+@contextlib.contextmanager
+def _silence():
+    """For a process that is not the first: it prints nothing and ends without a word."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except (InputError, OSError, KeyboardInterrupt):
+        sys.exit(1)
+
+
+class Output:
+    """Standard output that stops no command: "?" stands for what its encoding lacks, and where
+    nobody reads on (`… | head`) it goes nowhere.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or io.StringIO()  # there is none under pythonw
+
+    def write(self, text):
+        encoding = self.stream.encoding or "utf-8"
+        self._do(self.stream.write, text.encode(encoding, "replace").decode(encoding))
+
+    def flush(self):
+        self._do(self.stream.flush)
+
+    def _do(self, action, *arguments):
+        try:
+            action(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 if __name__ == "__main__":
