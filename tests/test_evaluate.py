@@ -6,7 +6,7 @@ from PIL import Image
 from torch import nn
 
 from conftest import ON_CPU, Small, read_history, write_folder
-from utils import batches, data, evaluate, models, run, train
+from utils import data, evaluate, explain, models, run, train
 from utils.data import ImageData
 from utils.models import load_weights
 from utils.results import Results
@@ -77,13 +77,13 @@ def test_training_pictures_are_not_read(out, tmp_path):
 
 def test_flip_averages_the_logits_of_both_views(out, folder, monkeypatch):
     """Over several batches."""
-    monkeypatch.setattr(batches, "EVALUATION_BATCH", 4)
+    monkeypatch.setattr(explain, "BATCH_SIZE", 4)
     images, model = data.load(str(folder)), load_weights(out / "weights.safetensors")
     x = images.test_images.float() / 255
     x = (x - torch.tensor(model.mean).view(3, 1, 1)) / torch.tensor(model.std).view(3, 1, 1)
     with torch.inference_mode():
         expected = model(x), (model(x) + model(x.flip(3))) / 2
-    results = run.test_results(model, images)
+    results = explain.plain_and_flipped(model, images)
     for found, logits in zip(results, expected, strict=True):
         torch.testing.assert_close(found.logits, logits)
         assert torch.equal(found.labels, images.test_labels)
@@ -100,7 +100,7 @@ def test_figures_by_hand():
     ])
     none = torch.zeros(0, 3, 2, 4, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
     images = ImageData("hand", ("a", "b", "c"), *none, test_images, torch.tensor([0, 1, 2, 0]))
-    plain, flipped = run.test_results(ByColour(), images)
+    plain, flipped = explain.plain_and_flipped(ByColour(), images)
     assert (plain.accuracy, plain.per_class) == (50, {"a": 50, "b": 0, "c": 100})
     assert (flipped.accuracy, flipped.per_class) == (50, {"a": 0, "b": 100, "c": 100})
 

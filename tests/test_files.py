@@ -209,8 +209,8 @@ METADATA = {"recipe": "s10", "seed": 3, "classes": ["blue", "grün"], "std": [0.
 
 
 def test_weights_are_read_as_they_were_written(tmp_path):
-    files.save_weights(network(), tmp_path / "w", metadata=METADATA)
-    tensors, metadata = files.read_weights(tmp_path / "w")
+    files.save_tensors(network().state_dict(), tmp_path / "w", METADATA)
+    tensors, metadata = files.read_tensors(tmp_path / "w")
     assert metadata == METADATA
     assert tensors.keys() == network().state_dict().keys()
     for name, tensor in network().state_dict().items():
@@ -219,7 +219,7 @@ def test_weights_are_read_as_they_were_written(tmp_path):
 
 def test_same_weights_same_bytes(tmp_path):
     for i, metadata in enumerate([METADATA, dict(sorted(METADATA.items()))] * 3):
-        files.save_weights(network(), tmp_path / str(i), metadata=metadata)
+        files.save_tensors(network().state_dict(), tmp_path / str(i), metadata)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
     assert load_file(tmp_path / "0").keys() == network().state_dict().keys()
 
@@ -229,15 +229,15 @@ def test_same_weights_same_bytes(tmp_path):
     lambda content: b"epoch,lr\n1,0.1\n",
 ], ids=["cut", "cut in the header", "empty", "a table"])
 def test_a_damaged_weights_file(tmp_path, damage):
-    files.save_weights(network(), tmp_path / "w", metadata=METADATA)
+    files.save_tensors(network().state_dict(), tmp_path / "w", METADATA)
     (tmp_path / "w").write_bytes(damage((tmp_path / "w").read_bytes()))
     with pytest.raises(InputError, match="w is damaged or no safetensors file; [^\n]*$"):
-        files.read_weights(tmp_path / "w")
+        files.read_tensors(tmp_path / "w")
 
 
 def test_a_weights_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match=r"^no weights file .*none; [^\n]*utils\.train wrote$"):
-        files.read_weights(tmp_path / "none")
+        files.read_tensors(tmp_path / "none")
 
 
 @pytest.mark.parametrize("about, metadata", [
@@ -248,6 +248,6 @@ def test_what_another_programs_weights_say(tmp_path, about, metadata):
     save_file({"x": torch.zeros(2)}, tmp_path / "w", about)
     if metadata is InputError:
         with pytest.raises(InputError, match="w is damaged"):
-            files.read_weights(tmp_path / "w")
+            files.read_tensors(tmp_path / "w")
     else:
-        assert files.read_weights(tmp_path / "w")[1] == metadata
+        assert files.read_tensors(tmp_path / "w")[1] == metadata

@@ -23,7 +23,17 @@ from conftest import (
     without_times,
     write_folder,
 )
-from utils import InputError, batches, data, files, lightning_loop, models, run, train
+from utils import (
+    InputError,
+    batches,
+    data,
+    explain,
+    files,
+    lightning_loop,
+    models,
+    run,
+    train,
+)
 from utils.models import load_weights
 from utils.recipes import recipe
 from utils.transforms import Normalization
@@ -426,7 +436,7 @@ train.main(sys.argv[1:])
     for name, tensor in model.state_dict().items():
         assert torch.equal(first["weights"][name], tensor), name
         assert torch.equal(second["weights"][name], tensor), name
-    alone, _ = run.test_results(model, images)
+    alone, _ = explain.plain_and_flipped(model, images)
     last = read_history(tmp_path / "two")[-1]
     assert (last["test_acc"], last["test_loss"]) == pytest.approx((alone.accuracy, alone.loss))
     assert len(list((tmp_path / "two" / "csv").iterdir())) == 1

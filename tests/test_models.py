@@ -191,7 +191,7 @@ def test_weights_file_knows_the_width(tmp_path):
     narrow = recipe("s10_best").replace(width=4)
     images, path = tiny_images(16), tmp_path / "weights.safetensors"
     model = build(narrow, images)
-    files.save_weights(model, path, metadata=run.weights_metadata(narrow, images))
+    files.save_tensors(model.state_dict(), path, run.weights_metadata(narrow, images))
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(load_weights(path)(x), model.eval()(x))
 
@@ -252,7 +252,7 @@ def weights(tmp_path, small_network):
     """A file of untrained weights, and its network."""
     torch.manual_seed(0)
     model = Small(3)
-    files.save_weights(model, tmp_path / "weights", metadata=METADATA)
+    files.save_tensors(model.state_dict(), tmp_path / "weights", METADATA)
     return tmp_path / "weights", model
 
 
@@ -270,13 +270,13 @@ def test_file_is_the_network(weights):
 
 def test_file_tells_the_size_of_the_pictures(weights):
     path, model = weights
-    files.save_weights(model, path, metadata={**METADATA, "size": [40, 36]})
+    files.save_tensors(model.state_dict(), path, {**METADATA, "size": [40, 36]})
     assert load_weights(path).size == (40, 36)
 
 
 def test_half_precision_is_loaded_as_float32(weights):
     path, model = weights
-    files.save_weights(model.half(), path, metadata=METADATA)
+    files.save_tensors(model.half().state_dict(), path, METADATA)
     loaded = load_weights(path)
     assert loaded.fc.weight.dtype == torch.float32
     assert_same_state(loaded, model.float())
@@ -285,7 +285,7 @@ def test_half_precision_is_loaded_as_float32(weights):
 def test_file_without_a_bias(weights):
     path, _ = weights
     model = Small(3, fc_bias=False)
-    files.save_weights(model, path, metadata={**METADATA, "fc_bias": False})
+    files.save_tensors(model.state_dict(), path, {**METADATA, "fc_bias": False})
     assert_same_state(load_weights(path), model)
 
 
@@ -313,7 +313,7 @@ def test_what_the_linear_layer_sees(model):
 ], ids=str)
 def test_file_of_something_else(weights, changes):
     path, model = weights
-    files.save_weights(model, path, metadata={**METADATA, **changes})
+    files.save_tensors(model.state_dict(), path, {**METADATA, **changes})
     with pytest.raises(InputError, match="weights does not hold a network of ours[^\n]*$"):
         load_weights(path)
 

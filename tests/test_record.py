@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import CPU, ON_CPU, read_history, write_folder
-from utils import InputError, data, devices, files, run, train
+from utils import InputError, data, devices, explain, files, run, train
 from utils.maintenance import record, tables
 from utils.models import load_weights
 from utils.results import read_predictions
@@ -109,7 +109,7 @@ def test_rows_are_those_of_the_runs(root, images):
         out = out_of(root, seed)
         metrics, last = files.read_metrics(out), read_history(out)[-1]
         model = load_weights(out / "weights.safetensors")
-        plain, flipped = run.test_results(model, images)
+        plain, flipped = explain.plain_and_flipped(model, images)
         assert row == {
             "recipe": "s10", "changed": "batch_size=8; cutout=2", "seed": seed, "epochs": 1,
             **{name: last[name] for name in ("train_acc", "train_loss", "test_acc", "test_loss")},
@@ -129,7 +129,7 @@ def test_figures_and_weights_are_the_median_runs(copy, images, accuracies, media
     for seed, accuracy in enumerate(accuracies):
         change_metrics(out_of(copy, seed), lambda m, a=accuracy: m["last_epoch"].update(test_acc=a))
     monkeypatch.setattr(
-        run, "test_results",
+        explain, "plain_and_flipped",
         lambda model, *_, **__: 2 * [SimpleNamespace(accuracy=accuracies[model.metadata["seed"]])],
     )
     outs = [out_of(copy, seed) for seed in range(len(accuracies))]
@@ -142,7 +142,7 @@ def test_figures_and_weights_are_the_median_runs(copy, images, accuracies, media
     assert torch.equal(kept.fc.weight, original.fc.weight.half().float())
     assert load_file(copy / "new/weights.safetensors")["fc.weight"].dtype == torch.float16
     monkeypatch.undo()
-    predicted, _ = run.test_results(kept, images)
+    predicted, _ = explain.plain_and_flipped(kept, images)
     order = images.test_labels.argsort(stable=True)
     found = read_predictions(copy / "new/predictions.safetensors")
     torch.testing.assert_close(found.logits, predicted.logits[order].half().float())
@@ -152,9 +152,9 @@ def test_a_precision_that_the_device_lacks_is_not_emulated(copy, images, monkeyp
     """Evaluated in float32 instead, and still compared."""
     asked = []
     monkeypatch.setattr(devices, "amp_dtype", lambda device: None)
-    results = run.test_results
+    results = explain.plain_and_flipped
     monkeypatch.setattr(
-        run, "test_results", lambda *args, dtype: asked.append(dtype) or results(*args)
+        explain, "plain_and_flipped", lambda *args, dtype: asked.append(dtype) or results(*args)
     )
     change_metrics(out_of(copy, 0), lambda m: m.update(precision="bfloat16"))
     record.keep("s10", [out_of(copy, 0)], images, copy / "new", device=CPU)
@@ -272,7 +272,7 @@ def test_tuning_keeps_trials_on_held_out_images(copy):
     assert second["validation_acc"] == history["test_acc"]
     model = load_weights(copy / "other" / "weights.safetensors")
     held_out = data.hold_out(data.load("colours"))
-    assert second["validation_acc_flip"] == run.test_results(model, held_out)[1].accuracy
+    assert second["validation_acc_flip"] == explain.plain_and_flipped(model, held_out)[1].accuracy
     row = tables.tuning("s10", copy).splitlines()[3]
     assert row == (
         "| `batch_size=8`, `cutout=4`, `sizes=[8, 16]` | the folder colours | 1 | "

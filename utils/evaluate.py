@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import tyro
 
-from utils import data, devices, explain, files, run
+from utils import data, devices, explain, files
 from utils.models import load_weights
 from utils.results import BINS
 from utils.train import as_command
@@ -49,7 +49,7 @@ def main(arguments=None):
             f"device   {devices.device_name(device)}, {devices.dtype_name(dtype)}\n",
             flush=True,
         )
-        plain, flipped = run.test_results(model, images, dtype=dtype)
+        plain, flipped = explain.plain_and_flipped(model, images, dtype=dtype)
         print(report(plain, flipped))
 
 

@@ -4,13 +4,18 @@
 the CPU.
 """
 
+from dataclasses import replace
+
 import torch
 from captum.attr import LayerGradCam
 from torch.nn import functional as F
 
 from utils.data import Normalization
+from utils.devices import autocast
 from utils.progress import progress_bar
 from utils.results import Results
+
+BATCH_SIZE = 500
 
 
 def inputs(model, images):
@@ -23,10 +28,14 @@ def inputs(model, images):
 
 
 @torch.inference_mode()
-def _outputs(function, model, images, desc):
-    """What `function` makes of the images, a batch of 500 at a time: float, on the CPU."""
-    batches = progress_bar(images.split(500), desc=desc)
-    return torch.cat([function(inputs(model, batch)).float().cpu() for batch in batches])
+def _outputs(function, model, images, desc, dtype=None):
+    """What `function` makes of the images, batch by batch: float, on the CPU."""
+    outputs = []
+    for batch in progress_bar(images.split(BATCH_SIZE), desc=desc):
+        x = inputs(model, batch)
+        with autocast(x.device, dtype):
+            outputs.append(function(x).float().cpu())
+    return torch.cat(outputs)
 
 
 def probabilities(model, images):
@@ -34,11 +43,25 @@ def probabilities(model, images):
     return _outputs(model, model, images, "pictures").softmax(1)
 
 
-def predictions(model, images):
-    """`Results` of the test images of an `ImageData`. Raises InputError for other classes."""
+def predictions(model, images, *, dtype=None):
+    """`Results` of the test images of an `ImageData`. Raises InputError for other classes.
+
+    `dtype`: of mixed precision; None: float32.
+    """
     images.check_classes(model.classes)
-    logits = _outputs(model, model, images.test_images, "test images")
+    logits = _outputs(model, model, images.test_images, "test images", dtype)
     return Results(logits, images.test_labels, images.classes)
+
+
+def plain_and_flipped(model, images, *, dtype=None):
+    """Two `Results`: `predictions`, and the same with test-time flip.
+
+    That averages the logits of an image and of its mirror image.
+    """
+    mirror_images = replace(images, test_images=images.test_images.flip(3))
+    plain = predictions(model, images, dtype=dtype)
+    mirrored = predictions(model, mirror_images, dtype=dtype)
+    return plain, replace(plain, logits=(plain.logits + mirrored.logits) / 2)
 
 
 def grad_cam(model, images, classes, *, layer="layer3"):

@@ -124,18 +124,13 @@ def restore_checkpoint(path, identity, parts, *, device):
     return saved["history"]
 
 
-def save_weights(model, path, *, metadata=None):
-    """The model's parameters and statistics as safetensors, for `read_weights`.
+def save_tensors(tensors, path, metadata=None):
+    """A dict of tensors as safetensors, for `read_tensors`, such as the weights of a network.
 
-    `metadata`: a dict of plain values, kept in the file's header. The same weights and metadata
+    `metadata`: a dict of plain values, kept in the file's header. The same tensors and metadata
     give the same bytes.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_tensors(tensors, path, metadata)
-
-
-def save_tensors(tensors, path, metadata=None):
-    """A dict of tensors and a dict of plain values as safetensors, for `read_weights`."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # One entry, because safetensors writes several in an order that changes from file to file.
     about = {"run": json.dumps(metadata or {}, sort_keys=True)}
     content = save(tensors, about)
@@ -143,7 +138,7 @@ def save_tensors(tensors, path, metadata=None):
         part.write_bytes(content)
 
 
-def read_weights(path):
+def read_tensors(path):
     """({name: tensor}, metadata) of a file by `save_tensors`. No code of the file is run.
 
     Raises InputError where there is no such file or it is damaged.

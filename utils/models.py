@@ -147,7 +147,7 @@ def load_weights(path):
     `size` (height, width) are those of its training images; `metadata` is all that the file says,
     a dict. Raises InputError where there is no such file, or it is damaged or of another kind.
     """
-    tensors, metadata = files.read_weights(path)
+    tensors, metadata = files.read_tensors(path)
     try:
         classes, mean, std = (tuple(metadata[name]) for name in ("classes", "mean", "std"))
         height, width = map(int, metadata.get("size", (32, 32)))  # older files don't tell

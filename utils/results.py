@@ -121,7 +121,7 @@ def save_predictions(results, path):
 
 def read_predictions(path):
     """`Results` of a file by `save_predictions`. Raises InputError where it is none."""
-    tensors, about = files.read_weights(path)
+    tensors, about = files.read_tensors(path)
     try:
         return Results(tensors["logits"].float(), tensors["labels"], tuple(about["classes"]))
     except KeyError as error:

@@ -10,7 +10,7 @@ import tempfile
 import textwrap
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -185,7 +185,7 @@ def run(recipe, images, options, out):
     batches = evaluation_batches(images, device=device)
     results = training.predict(model, batches, classes=images.classes, dtype=dtype)
     about = weights_metadata(recipe, images, seed=options.seed)
-    files.save_weights(model, out / "weights.safetensors", metadata=about)
+    files.save_tensors(model.state_dict(), out / "weights.safetensors", about)
     files.save_table(history, out / "history.csv")
     last = history[-1]
     metrics = {
@@ -221,7 +221,7 @@ def run(recipe, images, options, out):
 
 
 def weights_metadata(recipe, images, *, seed=0):
-    """What a weights file says of its run, for `files.save_weights`: a dict of plain values.
+    """What a weights file says of its run, for `files.save_tensors`: a dict of plain values.
 
     Enough to build the network again and to use it: its name, its classes, and the size, mean and
     deviation of its training images.
@@ -318,20 +318,3 @@ def figure_title(recipe, images, *, runs="one run"):
     """What stands above pictures of one run, or of several: "s10 · 3 runs of 24 epochs on …"."""
     epochs = "one epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
     return f"{recipe.name} · {runs} of {epochs} on {images.name}"
-
-
-def test_results(model, images, *, dtype=None):
-    """What a network of `models.load_weights` makes of the test images of an `ImageData`.
-
-    Two `Results`: plainly, and with test-time flip, where the logits of an image and of its
-    mirror image are averaged. Raises InputError where the classes are not those of the weights.
-    """
-    images.check_classes(model.classes)
-    how = {"device": next(model.parameters()).device, "statistics": (model.mean, model.std)}
-    mirror_images = replace(images, test_images=images.test_images.flip(3))
-    plain, mirrored = (
-        training.predict(model, evaluation_batches(seen, **how), classes=model.classes, dtype=dtype)
-        for seen in (images, mirror_images)
-    )
-    both = (plain.logits + mirrored.logits) / 2
-    return plain, training.Results(both, plain.labels, plain.classes)

@@ -36,8 +36,6 @@ class Arguments(run.Options):
     """what to train, see utils/recipes.py"""
     settings: tyro.conf.OmitArgPrefixes[Given]
     """other values for settings of the recipe"""
-    as_published: bool = False
-    """the source's settings also where the recipe departs from them"""
 
     def chosen(self, images=None):
         """The recipe that is asked for, on an `ImageData` that may want a schedule of its own.
@@ -46,7 +44,6 @@ class Arguments(run.Options):
         given by hand beats all of that.
         """
         recipe = recipes.recipe(self.recipe)
-        recipe = recipe.as_published() if self.as_published else recipe
         own = {"epochs": images.epochs, "batch_size": images.batch_size} if images else {}
         scaling = {name: self.settings.get(name, own.get(name)) for name in
                    ("epochs", "batch_size", "max_lr")}

@@ -100,7 +100,7 @@ def keep(name, outs, images, folder, *, weights=False, device):
         files.save_figure(ax.figure, folder / "accuracy.png")
     if weights:
         model, path = load_weights(median / "weights.safetensors"), folder / "weights.safetensors"
-        files.save_weights(half(model), path, metadata=model.metadata)
+        files.save_tensors(half(model).state_dict(), path, model.metadata)
         results = explain.predictions(load_weights(path).to(device), images)
         save_predictions(results, folder / "predictions.safetensors")
 
@@ -139,7 +139,7 @@ def evaluated(metrics, out, images, device):
     model = load_weights(out / "weights.safetensors").to(device)
     dtypes = {devices.dtype_name(dtype): dtype for dtype in (None, devices.amp_dtype(device))}
     dtype = dtypes.get(metrics["precision"])  # float32 where the device would have to emulate it
-    plain, flipped = run.test_results(model, images, dtype=dtype)
+    plain, flipped = explain.plain_and_flipped(model, images, dtype=dtype)
     last = metrics["last_epoch"]
     if abs(plain.accuracy - last["test_acc"]) > 0.1:  # another device rounds otherwise
         raise InputError(
