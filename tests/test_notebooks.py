@@ -120,7 +120,7 @@ def pictures(tmp_path, monkeypatch):
 def record_weights(images):
     """Those of a recorded run of s10."""
     about = run.weights_metadata(recipe("s10"), images)
-    files.save_weights(Small(3), files.IMAGES / "s10" / "weights.safetensors", metadata=about)
+    files.save_tensors(Small(3).state_dict(), files.IMAGES / "s10/weights.safetensors", about)
 
 
 @pytest.mark.parametrize("device, weights, wanted, train, epochs", [

@@ -90,7 +90,7 @@ def test_one_accuracy_everywhere(reader):
     results, last = names["results"], names["history"][-1]
     assert 20 < last["test_acc"] < 90  # of ten classes it has learnt some
     assert results.accuracy == last["test_acc"]
-    assert run.test_results(names["model"], names["images"])[0].accuracy == last["test_acc"]
+    assert explain.predictions(names["model"], names["images"]).accuracy == last["test_acc"]
     assert last["epoch"] == names["recipe"].epochs == 4
 
 
@@ -227,6 +227,6 @@ def test_another_folder_is_trained_on(train, another_kernel, tmp_path, monkeypat
         other.run(SETTINGS, LAST)
     assert [row["epoch"] for row in other.names["history"]] == list(range(1, 5 if train else 4))
     assert other.names["model"].classes == ("blue", "green", "red")
-    assert run.test_results(other.names["model"], other.names["images"])[0].accuracy == (
+    assert explain.predictions(other.names["model"], other.names["images"]).accuracy == (
         other.names["history"][-1]["test_acc"]
     )

@@ -55,7 +55,7 @@ def is_recorded(name, images):
     path = files.IMAGES / name / "weights.safetensors"
     if not path.exists():
         return False
-    _, about = files.read_weights(path)
+    _, about = files.read_tensors(path)
     same = torch.isclose(images.statistics[0], torch.tensor(about["mean"]).double(), atol=1e-4)
     return about["classes"] == list(images.classes) and same.all().item()
 
