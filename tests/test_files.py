@@ -52,7 +52,7 @@ def write_checkpoint(path):
 
 
 def write_weights(path):
-    files.save_weights(network(), path)
+    files.save_tensors(network().state_dict(), path)
 
 
 @pytest.mark.parametrize("write", [write_checkpoint, write_weights])
