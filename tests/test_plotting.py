@@ -1,6 +1,7 @@
 """What is drawn is what was given, readable, and nothing else is touched."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import matplotlib
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import cbook
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Annotation, Text
@@ -421,6 +423,35 @@ def test_per_class_accuracy_sorts_the_classes_and_marks_their_mean():
     assert texts(ax) == ["70.0 %", "90.0 %", "99.5 %", "mean 86.50 %"]
     assert list(ax.lines[0].get_xdata()) == [86.5, 86.5]
     assert ax.lines[0].get_zorder() < min(bar.get_zorder() for bar in ax.patches)
+
+
+@given(st.text(st.sampled_from("a$\\^{}_"), max_size=9))
+def test_no_text_of_the_users_is_taken_for_a_formula(text):
+    drawn = plotting.as_text(text)
+    assert not cbook.is_math_text(drawn)
+    assert drawn.replace(r"\$", "$") == text  # what matplotlib makes of other texts
+
+
+ODD_NAMES = ("$", "$$", "$\\frac$ Ⓐ")  # the letter is not in the first of the fonts there are
+
+
+@pytest.mark.filterwarnings("error:Glyph")  # that no font has
+@pytest.mark.parametrize("draw", [
+    plotting.confusion_matrix, plotting.per_class_accuracy,
+    lambda results: plotting.misclassified_grid(results, pictures(400)),
+    lambda results: plotting.sample_grid(pictures(9), torch.arange(9) % 3, results.classes),
+], ids=["confusion", "per class", "misclassified", "sample"])
+@pytest.mark.parametrize("there", [True, False])
+def test_odd_names_are_drawn_as_they_are_or_by_number(draw, there, monkeypatch):
+    if not there:
+        monkeypatch.setattr(plotting.font_manager.fontManager, "ttflist", [])
+    plotting._fonts.cache_clear()
+    figure = np.ravel(draw(replace(RESULTS, classes=ODD_NAMES)))[0].figure
+    figure.draw_without_rendering()
+    drawn = {text.get_text() for text in figure.findobj(Text)}
+    plotting._fonts.cache_clear()
+    last = plotting.as_text(ODD_NAMES[2]) if there else "#2"
+    assert any(last in text for text in drawn) and any(r"\$\$" in text for text in drawn)
 
 
 def test_per_class_accuracy_writes_numbers_at_the_right_end_of_the_bars_and_none_cut_off():

@@ -7,6 +7,7 @@ so.
 """
 
 import copy
+import functools
 import math
 from itertools import cycle, zip_longest
 
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import font_manager
 from matplotlib.colors import PowerNorm
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
@@ -62,6 +64,49 @@ def use_style():
         set_matplotlib_formats("retina")
 
 
+@functools.cache
+def _fonts(text):
+    """(fonts of the system for what matplotlib's own lacks, the characters that none of them has).
+    """
+    own = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    fonts, lacking = [], {character for character in text if ord(character) not in own}
+    for font in font_manager.fontManager.ttflist if lacking else ():
+        found = {ord(character) for character in lacking} & _characters(font.fname)
+        if found and not font.name.startswith("Last Resort"):  # which has a box for each
+            fonts.append(font.name)
+            lacking -= set(map(chr, found))
+    return fonts, lacking
+
+
+@functools.cache
+def _characters(path):
+    """The codes of those that a font has: none where it was removed since it was listed."""
+    try:
+        return font_manager.get_font(path).get_charmap().keys()
+    except OSError:
+        return set()
+
+
+def _lacking(text):
+    """The characters that can't be drawn; from now on fonts of the system draw what they can."""
+    fonts, lacking = _fonts(text)
+    family = plt.rcParams["font.family"]
+    plt.rcParams["font.family"] = [*family, *(font for font in fonts if font not in family)]
+    return lacking
+
+
+def as_text(text):
+    """A text of the user's, to be drawn as it is: "$" begins no formula."""
+    _lacking(text)
+    return text.replace("$", r"\$")
+
+
+def class_names(classes):
+    """What classes are called in pictures: their names, or "#3" where no font can write one."""
+    lacking = _lacking("".join(classes))
+    return tuple(f"#{i}" if lacking & set(name) else name for i, name in enumerate(classes))
+
+
 def image_grid(images, titles, *, columns=10):
     """Shows pictures row by row, each below its title. Returns the axes (rows, columns)."""
     pixels = _pixels(images)
@@ -70,6 +115,7 @@ def image_grid(images, titles, *, columns=10):
     widest, deepest = max(len(line) for each in lines for line in each), max(map(len, lines))
     # A character of 9 points is about 0.08 inches wide, a line 0.16 inches high.
     cell = max(1.0, 0.08 * widest), 1.05 + 0.16 * deepest
+    titles = [as_text(title) for title in titles]
     axes = _grid(math.ceil(len(pixels) / columns), columns, cell)
     for ax, picture, title in zip_longest(axes.flat, pixels, titles):
         _show(ax, picture)
@@ -83,15 +129,16 @@ def sample_grid(images, labels, classes, *, per_class=8, seed=0):
     `labels`: int64 (N,), positions in `classes`, the names. A class of fewer than `per_class`
     pictures leaves places empty. `seed` alone chooses them. Returns the axes (C, per_class).
     """
-    longest = max(len(name) for name in classes)
-    axes = _grid(len(classes), per_class, (0.7, 0.7), left=0.08 * longest)
+    names = class_names(classes)
+    longest = max(map(len, names))
+    axes = _grid(len(names), per_class, (0.7, 0.7), left=0.08 * longest)
     generator = torch.Generator().manual_seed(seed)
-    for index, name in enumerate(classes):
+    for index, name in enumerate(names):
         members = (labels.cpu() == index).nonzero().flatten()
         chosen = members[torch.randperm(len(members), generator=generator)[:per_class]]
         for ax, picture in zip_longest(axes[index], _pixels(images[chosen])):
             _show(ax, picture)
-        axes[index, 0].set_ylabel(name, rotation=0, ha="right", va="center")
+        axes[index, 0].set_ylabel(as_text(name), rotation=0, ha="right", va="center")
     return axes
 
 
@@ -117,10 +164,10 @@ def misclassified_grid(results, images, *, count=10, columns=5):
     `results`: a `Results` of `images`, uint8 (N, 3, H, W), of which it chooses at most `count`.
     There must be one. Returns the axes (rows, columns).
     """
-    wrong = results.misclassified(count)
+    wrong, names = results.misclassified(count), class_names(results.classes)
     titles = [
-        f"{results.classes[results.labels[i]]}\n"
-        f"→ {results.classes[results.predictions[i]]} {100 * results.confidences[i]:.0f} %"
+        f"{names[results.labels[i]]}\n"
+        f"→ {names[results.predictions[i]]} {100 * results.confidences[i]:.0f} %"
         for i in wrong.tolist()
     ]
     return image_grid(images[wrong], titles, columns=columns)
@@ -288,9 +335,11 @@ def confusion_matrix(results, *, ax=None):
     colours = plt.get_cmap("Blues").with_extremes(bad="#E0E0E0")
     image = ax.imshow(errors, cmap=colours, norm=norm, interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="share of the true class, %", shrink=0.7)
-    ax.set_xticks(range(number), results.classes, ha="right", va="center", rotation_mode="anchor",
-                  rotation=45 if number <= 20 else 90)
-    ax.set_yticks(range(number), results.classes)
+    names = [as_text(name) for name in class_names(results.classes)]
+    font = {"family": plt.rcParams["font.family"]}
+    ax.set_xticks(range(number), names, ha="right", va="center", rotation_mode="anchor",
+                  rotation=45 if number <= 20 else 90, **font)
+    ax.set_yticks(range(number), names, **font)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="predicted class", ylabel="true class", anchor="W")
     ax.tick_params(labelsize=min(9, 500 / number), length=0)
@@ -307,10 +356,13 @@ def confusion_matrix(results, *, ax=None):
 def per_class_accuracy(results, *, ax=None):
     """Draws the accuracy of each class of a `Results` as a bar, the best on top, and their mean."""
     accuracies = pd.Series(results.per_class).sort_values(kind="stable")
+    names = dict(zip(results.classes, class_names(results.classes), strict=True))
     mean = accuracies.mean()
 
     ax = _single(ax, (5.6, 1.0 + 0.24 * len(accuracies)))
-    ax.barh(accuracies.index, accuracies, color=SKY, height=0.75)
+    ax.barh(range(len(accuracies)), accuracies, color=SKY, height=0.75)
+    labels = [as_text(names[name]) for name in accuracies.index]
+    ax.set_yticks(range(len(accuracies)), labels, family=plt.rcParams["font.family"])
     for row, accuracy in enumerate(accuracies):  # a short bar's number runs out of it
         ax.text(max(accuracy, 12) - 1, row, f"{accuracy:.1f} %", ha="right", va="center_baseline")
     ax.tick_params(axis="y", length=0)

@@ -218,6 +218,9 @@ def run(recipe, images, options, out):
         f"epoch {last['epoch']} on {images.name}, in {elapsed}"
     )
     print("figures  " + " ".join(str(path) for path in figures))
+    for name, drawn_as in zip(images.classes, plotting.class_names(images.classes), strict=True):
+        if name != drawn_as:
+            print(f"         {drawn_as} is {name}, which no font here can write")
 
 
 def weights_metadata(recipe, images, *, seed=0):
@@ -308,7 +311,7 @@ def save_figures(out, recipe, images, results, history):
     paths = []
     for name, draw in drawn.items():
         draw()
-        plt.gcf().suptitle(figure_title(recipe, images), wrap=True)
+        plt.gcf().suptitle(plotting.as_text(figure_title(recipe, images)), wrap=True)
         paths.append(out / f"{name}.png")
         files.save_figure(plt.gcf(), paths[-1])
     return paths
