@@ -444,7 +444,9 @@ ODD_NAMES = ("$", "$$", "$\\frac$ Ⓐ")  # the letter is not in the first of the
 @pytest.mark.parametrize("there", [True, False])
 def test_odd_names_are_drawn_as_they_are_or_by_number(draw, there, monkeypatch):
     if not there:
-        monkeypatch.setattr(plotting.font_manager.fontManager, "ttflist", [])
+        manager = plotting.font_manager.fontManager
+        fonts = [font for font in manager.ttflist if font.name == "DejaVu Sans"]
+        monkeypatch.setattr(manager, "ttflist", fonts)
     plotting._fonts.cache_clear()
     figure = np.ravel(draw(replace(RESULTS, classes=ODD_NAMES)))[0].figure
     figure.draw_without_rendering()
