@@ -6,6 +6,7 @@ import http.client
 import io
 import os
 import pickle
+import struct
 import tarfile
 import urllib.error
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
 
 from conftest import tiny_images
@@ -78,6 +79,16 @@ def test_statistics_are_of_the_training_images_and_computed_once(monkeypatch):
     pixels = images.train_images.double() / 255
     torch.testing.assert_close(mean, pixels.mean((0, 2, 3)))
     torch.testing.assert_close(std, pixels.std((0, 2, 3), correction=0))
+
+
+def test_a_constant_channel_counts_as_of_deviation_1():
+    """By 0 the images could not be divided."""
+    images = tiny_images()
+    images.train_images[:, 2] = 77
+    mean, std = images.statistics
+    normal = data.Normalization(mean, std)(images.train_images)
+    assert std[2] == 1 and normal[:, 2].abs().max() < 1e-6
+    torch.testing.assert_close(normal.std((0, 2, 3), correction=0), torch.tensor([1.0, 1.0, 0.0]))
 
 
 # The built-in sample
@@ -247,9 +258,9 @@ def test_after_a_bad_first_picture_the_others_are_not_read(many, monkeypatch, da
     monkeypatch.setattr(data, "progress_bar", partial(data.progress_bar, disable=False))
     first = many / "train/ape/0.png"
     good = first.read_bytes()
-    read, original = [], data._read_picture
+    read, original = [], data.read_picture
     monkeypatch.setattr(
-        data, "_read_picture", lambda name, **size: read.append(name) or original(name, **size)
+        data, "read_picture", lambda name, *size: read.append(name) or original(name, *size)
     )
     try:
         if damage == "broken":
@@ -267,7 +278,83 @@ def test_after_a_bad_first_picture_the_others_are_not_read(many, monkeypatch, da
 def test_pictures_of_different_sizes(folder, name):
     write(folder / name, picture(0, height=36, width=40))
     message = assert_refused(folder / name, data.load, str(folder))
-    assert "40×36" in message and "36×40" in message
+    assert "40×36" in message and "36×40" in message and "--resize" in message
+
+
+def test_photographs_of_any_sizes_are_resized_where_that_is_asked_for(folder):
+    paths = sorted(folder.rglob("*.png"))
+    for i, path in enumerate(paths):
+        write(path.with_suffix(".jpg"), picture(i, height=30 + 17 * i, width=90 - 5 * i))
+        path.unlink()
+    images = data.load(str(folder), resize=24)
+    assert images.size == (24, 24)
+    every = torch.cat([images.test_images, images.train_images])
+    for path, image in zip(paths, every, strict=True):
+        assert torch.equal(image, data.read_picture(path.with_suffix(".jpg"), (24, 24)))
+    assert data.load(str(folder), resize=(20, 40)).train_images.shape == (7, 3, 20, 40)
+
+
+@pytest.mark.parametrize("resize", [0, 7, -1, (7, 9)])
+def test_a_size_that_is_too_small(folder, resize):
+    assert_refused("at least 8", data.load, str(folder), resize=resize)
+
+
+def test_only_a_folder_is_resized(sample, monkeypatch):
+    monkeypatch.setattr(data, "builtin_sample", lambda: sample)
+    assert data.load("sample", resize=32) is sample
+    assert_refused("only the pictures of a folder", data.load, "sample", resize=64)
+
+
+def test_pictures_that_do_not_fit_into_memory(folder, monkeypatch):
+    def empty(shape, **_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", empty)
+    message = assert_refused("7 pictures of 36×40 pixels", data.load, str(folder))
+    assert "memory" in message and "--resize" in message
+
+
+# A folder is taken as it is meant
+
+
+def test_what_is_hidden_or_no_picture_is_left_out_and_said(folder, capsys):
+    expected = data.load(str(folder)).fingerprint
+    assert capsys.readouterr().out == ""
+    write(folder / "train/.ipynb_checkpoints/a.png", picture(0))
+    write(folder / "train/cat/.ipynb_checkpoints/a.png", picture(0))
+    write(folder / "train/cat/._0.png", picture(0))
+    (folder / "test/notes.png").write_text("no class")
+    (folder / "test/yak/Thumbs.db").write_text("no picture")
+    assert data.load(str(folder)).fingerprint == expected
+    assert capsys.readouterr().out == (
+        "left out train/.ipynb_checkpoints, train/cat/._0.png, train/cat/.ipynb_checkpoints "
+        "(5 in all): hidden, or not named as pictures\n"
+    )
+
+
+@pytest.mark.parametrize("ending", ["jfif", "JPG", "webp", "jpe", "tga", "gif", "ppm"])
+def test_endings_of_pictures(folder, ending, capsys):
+    Image.fromarray(picture(9)).save(
+        folder / f"train/emu/z.{ending}", format="JPEG" if ending == "jfif" else None
+    )
+    assert data.load(str(folder)).train_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert capsys.readouterr().out == ""
+
+
+def test_classes_a_level_too_deep(tmp_path):
+    for split in ("train", "test"):
+        for name in ("animals/cat", "animals/emu", "plants/oak"):
+            write(tmp_path / split / name / "0.png", picture(0))
+    assert_refused(tmp_path / "train/animals/cat", data.load, str(tmp_path))
+
+
+def test_a_class_is_the_same_in_both_forms_of_unicode(folder):
+    for split, name in (("train", "caf\u00e9"), ("test", "cafe\u0301")):
+        (folder / split / "emu").rename(folder / split / name)
+    images = data.load(str(folder))
+    assert images.classes == ("caf\u00e9", "cat", "yak")
+    assert images.train_labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert torch.equal(images.test_images[0], torch.from_numpy(picture(101)).permute(2, 0, 1))
 
 
 def test_training_pictures_can_be_left_unread(folder):
@@ -459,9 +546,12 @@ def test_half_the_size_is_the_mean_of_four(sample):
     assert halved.train_images.shape == (len(sample.train_images), 3, 16, 16)
     assert halved.train_images.dtype == torch.uint8
     assert halved.train_labels is sample.train_labels
+    assert halved.validation_images is None
+    halved = data.halve(data.with_validation(sample))
+    assert halved.validation_images.shape == (len(halved.validation_labels), 3, 16, 16)
 
 
-# A picture of the reader's own
+# A picture, in training and when asked
 
 
 def saved(path, pixels, **settings):
@@ -470,10 +560,12 @@ def saved(path, pixels, **settings):
 
 
 def test_a_picture_of_the_right_size_stays_as_it_is(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
-    found = data.read_picture(saved(tmp_path / "a.png", pixels), (32, 32))
-    assert found.dtype == torch.uint8
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3))
+    path = saved(tmp_path / "a.png", pixels)
+    for size in (None, (32, 40)):
+        found = data.read_picture(path, size)
+        assert found.dtype == torch.uint8
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
 
 
 def test_a_picture_is_seen_by_its_middle_square(tmp_path):
@@ -491,24 +583,82 @@ def test_a_picture_is_resampled_once(tmp_path):
     assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
-def test_a_picture_is_turned_as_it_was_held(tmp_path):
-    pixels = np.zeros((32, 32, 3))
-    pixels[:16] = 250  # the upper half; orientation 6: turn a quarter clockwise, so it is right
+def test_a_large_photograph_is_not_decoded_at_its_full_size(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.jpg", picture(0, 1500, 2000), quality=95)
+    with Image.open(path) as whole:
+        expected = np.asarray(ImageOps.fit(whole, (32, 32)))
+    prepared, sizes = data._prepared, []
+
+    def watched(opened, size):
+        image = prepared(opened, size)
+        sizes.append(opened.size)
+        return image
+
+    monkeypatch.setattr(data, "_prepared", watched)
+    found = data.read_picture(path, (32, 32)).permute(1, 2, 0).numpy()
+    assert sizes == [(500, 375)]
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def turned_a_quarter(fraction):
+    """Exif in bytes: orientation 6, turn clockwise; and `fraction`/0, which Pillow only reads."""
+    entries = (0x0112, 3, 1, 6), (0x9204, 10, 1, 38)
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    head = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    return head + packed + struct.pack("<Iii", 0, fraction, 0)
+
+
+@pytest.mark.parametrize("suffix, fraction", [
+    (".jpg", 1), (".jpg", -1), (".png", 1), (".png", -1), (".webp", 1), (".webp", -1),
+    (".tif", None),
+])
+def test_a_picture_is_turned_as_the_camera_was_held(tmp_path, suffix, fraction):
+    """Whatever else the camera has noted."""
+    pixels = np.zeros((32, 16, 3))
+    pixels[:16] = 250  # the upper half, which becomes the right one
     exif = Image.Exif()
     exif[0x0112] = 6
-    found = data.read_picture(saved(tmp_path / "a.png", pixels, exif=exif), (32, 32))
-    assert (found[..., 16:] == 250).all() and (found[..., :16] == 0).all()
+    if fraction:
+        exif = turned_a_quarter(fraction)
+    path = saved(tmp_path / f"a{suffix}", pixels, exif=exif)
+    for size in (None, (16, 32)):
+        found = data.read_picture(path, size)
+        assert found.shape == (3, 16, 32)
+        assert (found[..., 20:] > 240).all() and (found[..., :12] < 9).all()
 
 
 @pytest.mark.parametrize("mode, value, expected", [
     ("L", 77, [77] * 3), ("RGBA", (0, 0, 0, 0), [255] * 3), ("RGBA", (9, 8, 7, 255), [9, 8, 7]),
+    ("RGBA", (255, 0, 0, 51), [255, 204, 204]), ("LA", (0, 51), [204] * 3),
     ("1", 1, [255] * 3), ("P", 0, [0] * 3), ("CMYK", (0, 0, 0, 0), [255] * 3),
+    ("I;16", 1000, [4] * 3), ("I;16", 65535, [255] * 3), ("I;16B", 25700, [100] * 3),
+    ("I", 25700, [100] * 3), ("F", 0.2, [51] * 3),
 ])
 def test_a_picture_of_any_mode(tmp_path, mode, value, expected):
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "F", "I", "I;16B") else "a.png")
     Image.new(mode, (40, 50), value).save(path)
-    seen = data.read_picture(path, (8, 8))
-    assert seen.flatten(1).unique(dim=1).flatten().tolist() == expected
+    for size in (None, (8, 8)):
+        found = data.read_picture(path, size)
+        assert found.flatten(1).unique(dim=1).flatten().tolist() == expected
+
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
+    picture = Image.new("P", (9, 9), 1)
+    picture.putpalette([0, 0, 0, 10, 200, 30])
+    picture.putpixel((0, 0), 0)
+    picture.save(tmp_path / "a.gif", transparency=0)
+    found = data.read_picture(tmp_path / "a.gif")
+    assert found[:, 0, 0].tolist() == [255] * 3 and found[:, 8, 8].tolist() == [10, 200, 30]
+
+
+@pytest.mark.parametrize("mode, value, words", [
+    ("F", 1.5, "from 1.5 to 1.5, not from 0 to 1"), ("F", np.nan, "from nan to nan"),
+    ("I", 70_000, "from 70000 to 70000, not from 0 to 65535"), ("I", -1, "from -1 to -1"),
+])
+def test_values_of_unknown_scale(tmp_path, mode, value, words):
+    Image.new(mode, (9, 9), value).save(tmp_path / "a.tif")
+    message = assert_refused(tmp_path / "a.tif", data.read_picture, tmp_path / "a.tif")
+    assert words in message and "8 bits" in message
 
 
 def test_pictures_that_can_not_be_seen(tmp_path):
@@ -517,9 +667,50 @@ def test_pictures_that_can_not_be_seen(tmp_path):
     whole = saved(tmp_path / "whole.jpg", np.random.default_rng(0).integers(0, 256, (99, 99, 3)))
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:2000])
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    for name in ("text.png", "empty.png", "cut.jpg", "bomb.png", "none.png"):
-        with pytest.raises(InputError, match=f"^[^\n]*{name} can't be read[^\n]*$"):
+    for name in ("text.png", "empty.png", "cut.jpg", "bomb.png", ""):
+        with pytest.raises(InputError, match=f"^[^\n]*{name} can't be read [^\n]*delete it$"):
             data.read_picture(tmp_path / name, (32, 32))
+
+
+def test_a_picture_that_does_not_exist(tmp_path):
+    message = assert_refused("none.png", data.read_picture, tmp_path / "none.png")
+    assert "exists" in message and "delete" not in message
+
+
+Image.init()
+FORMATS = {"PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "DDS", "ICO", "TGA", "PPM", "PCX", "SGI",
+           "JPEG2000", "IM"} | ({"AVIF"} & Image.SAVE.keys())  # which newer Pillows have
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, on what it has found
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_damaged_pictures_are_seen_or_refused(tmp_path, monkeypatch, format):
+    """Whatever the decoder says of them."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # else some become huge
+    generator = np.random.default_rng(0)
+    path = tmp_path / "a"
+    Image.fromarray(picture(0, 64, 64)).save(path, format=format)
+    whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    for _ in range(30):
+        damaged = whole.copy()
+        places = generator.integers(0, len(whole), 5)
+        damaged[places] = generator.integers(0, 256, 5)
+        path.write_bytes(damaged[: generator.integers(1, 2 * len(whole))].tobytes())
+        try:
+            found = data.read_picture(path, (8, 8))
+        except InputError as error:
+            assert "\n" not in str(error)
+        else:
+            assert found.shape == (3, 8, 8)
+
+
+def test_a_kind_of_dds_that_pillow_can_not_decode(tmp_path):
+    path = tmp_path / "a.dds"
+    Image.fromarray(picture(0)).save(path)
+    content = bytearray(path.read_bytes())
+    content[80:88] = struct.pack("<I4s", 4, b"ATC ")  # compressed, by a method it does not know
+    path.write_bytes(content)
+    assert_refused(path, data.read_picture, path)
 
 
 def test_of_an_animation_the_first_picture_is_seen(tmp_path):

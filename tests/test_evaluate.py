@@ -59,7 +59,9 @@ def two_halves(left, right):
 def test_the_command_reports_the_accuracy_of_the_run(out, folder, capsys):
     evaluate.main(["--weights", str(out / "weights.safetensors"), "--data", str(folder), *ON_CPU])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["weights  s10, seed 0", "data     the folder colours: 15 test images"]
+    assert lines[:2] == [
+        "weights  s10, seed 0", "data     the folder colours: 15 test images of 8×8 pixels"
+    ]
     accuracy = read_history(out)[-1]["test_acc"]
     assert f"test accuracy       {accuracy:6.2f} %  of 15 images" in lines
     assert [line.split()[0] for line in lines[-3:]] == ["blue", "green", "red"]

@@ -395,7 +395,7 @@ def test_two_processes(small_network, tmp_path, monkeypatch):
     script = f"""
 import sys, torch
 arguments = torch.load({str(tmp_path / "images.pt")!r})
-data.load = lambda _: data.ImageData(**arguments)
+data.load = lambda _, **__: data.ImageData(**arguments)
 
 class Watched(lightning_loop.Classifier):
     levels, places = [], []

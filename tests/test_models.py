@@ -225,12 +225,13 @@ def test_convolutions_of_a_recipe_with_dirac_pass_their_input_on():
     torch.testing.assert_close(outputs[:, :64], x)
 
 
-def test_whitening_is_by_normalised_images_from_all_over_the_data(small_network):
+@pytest.mark.parametrize("count", [3000, 1999, 60])
+def test_whitening_is_by_normalised_images_from_all_over_the_data(small_network, count):
     """They are sorted by class: those of the first are black here."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (3000, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    images[:2000] = 0
-    images = replace(tiny_images(), train_images=images, train_labels=torch.zeros(3000).long())
+    images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    images[: 2 * count // 3] = 0
+    images = replace(tiny_images(), train_images=images, train_labels=torch.zeros(count).long())
     model = build(SMALL.replace(whiten=True), images)
     inputs = Normalization(*images.statistics)(images.train_images)
     outputs = nn.functional.conv2d(inputs, model.prep[0].weight).transpose(0, 1).flatten(1)

@@ -260,14 +260,14 @@ def test_weights_too_large_for_half_precision_are_refused():
 
 
 def test_tuning_keeps_trials_on_held_out_images(copy):
-    for out, change in (("same", []), ("other", ["--cutout", "4", "--sizes", "8", "16"])):
+    for out, change in (("same", []), ("other", ["--cutout", "4", "--sizes", "8", "8"])):
         train.main(["s10", "--data", "colours", *SHORT, *ON_CPU, "--validate", *change,
                     "--out", out])
     how = ["--data", "colours", "--device", "cpu", "--to", "s10"]
     record.main(["s10", "--tuning", "same", "other", *how])
     first, second = files.read_table(copy / "s10" / "tuning.csv").to_dict("records")
     assert first["changed"] == "batch_size=8; cutout=2"
-    assert second["changed"] == "batch_size=8; cutout=4; sizes=[8, 16]"
+    assert second["changed"] == "batch_size=8; cutout=4; sizes=[8, 8]"
     (history,) = read_history(copy / "other")
     assert second["validation_acc"] == history["test_acc"]
     model = load_weights(copy / "other" / "weights.safetensors")
@@ -275,6 +275,6 @@ def test_tuning_keeps_trials_on_held_out_images(copy):
     assert second["validation_acc_flip"] == explain.plain_and_flipped(model, held_out)[1].accuracy
     row = tables.tuning("s10", copy).splitlines()[3]
     assert row == (
-        "| `batch_size=8`, `cutout=4`, `sizes=[8, 16]` | the folder colours | 1 | "
+        "| `batch_size=8`, `cutout=4`, `sizes=[8, 8]` | the folder colours | 1 | "
         f"{history['train_acc']:.2f} | {history['test_acc']:.2f} | 0 min |"
     )

@@ -24,7 +24,7 @@ def asked(monkeypatch):
     """What the command asks `run.run` for, which does nothing: a list."""
     calls = []
     sources = {"sample": SAMPLE, "cifar10": tiny_images()}
-    monkeypatch.setattr(data, "load", sources.get)
+    monkeypatch.setattr(data, "load", lambda source, resize: sources[source])
     monkeypatch.setattr(run, "run", lambda *arguments: calls.append(arguments))
     return calls
 
@@ -93,10 +93,11 @@ def test_how_and_where_is_passed_on(asked, tmp_path):
     train.main([
         "s12", "--seed", "7", *ON_CPU, "--out", str(tmp_path / "new"), "--resume", "--validate",
         "--devices", "2", "--num-nodes", "3", "--strategy", "ddp", "--data", "sample",
+        "--resize", "48",
     ])
     options = {name: getattr(asked[0][2], name) for name in run.Options.__dataclass_fields__}
     assert options == {
-        "data": "sample", "seed": 7, "device": "cpu", "precision": "fp32",
+        "data": "sample", "resize": 48, "seed": 7, "device": "cpu", "precision": "fp32",
         "out": tmp_path / "new", "resume": True, "validate": True, "devices": 2, "num_nodes": 3,
         "strategy": "ddp",
     }

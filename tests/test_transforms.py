@@ -282,6 +282,12 @@ def test_without_augmentation_images_are_normalised_alone(augment):
     assert torch.equal(images, before)
 
 
+def test_a_float_input_stays_as_it_is():
+    images = torch.full((1, 3, 2, 2), 255.0)
+    assert Normalization(*PLAIN)(images).unique().tolist() == [1]
+    assert images.unique().tolist() == [255]
+
+
 @settings(deadline=None, max_examples=30)
 @given(arrays(np.uint8, (2, 3, 4, 5)), st.floats(0, 1), st.floats(0.05, 1))
 def test_normalisation_has_an_inverse(images, mean, std):

@@ -4,8 +4,8 @@ All three give an `ImageData`.
 """
 
 import hashlib
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from http.client import HTTPException
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from utils import InputError, sample
 from utils.progress import progress_bar
+
+RESIZE = "--resize 32 (in a notebook COURSE_RESIZE=32) takes the middle of each at 32×32"
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,12 @@ class ImageData:
 
     @cached_property
     def statistics(self):
-        """Mean and standard deviation of the training images, see `channel_statistics`."""
-        return channel_statistics(self.train_images)
+        """Mean and standard deviation of the training images, see `channel_statistics`.
+
+        A channel that never changes counts as of deviation 1, by which it can be divided.
+        """
+        mean, std = channel_statistics(self.train_images)
+        return mean, std.where(std > 0, 1)
 
     def check_classes(self, classes):
         """Raises InputError where these, of trained weights, are not those of the images."""
@@ -106,7 +112,8 @@ class Normalization:
     def __call__(self, images):
         # copied to another device once: a copy in each step would wait for it
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
+        images = images.to(torch.float32, copy=True)  # else a float input would be changed
+        return images.div_(255).sub_(self.mean).div_(self.std)
 
     def inverse(self, images):
         """Normalised float images to float images in 0..1, for pictures."""
@@ -114,17 +121,22 @@ class Normalization:
         return (images * std + mean).clamp(0, 1)
 
 
-def load(source="cifar10", *, root="data", train=True):
+def load(source="cifar10", *, root="data", train=True, resize=None):
     """`ImageData` from "cifar10" (downloaded to `root` at first), "sample", or a folder's path.
 
     Without `train` a folder's training pictures are not read, which takes long: there are none.
-    Raises InputError, in one line that names the mend, where that fails.
+    `resize`: the side, or (height, width), to which the middle of each of its pictures is brought;
+    None: all are of one size. Raises InputError, in one line that names the mend, where that fails.
     """
-    if source == "cifar10":
-        return cifar10(root)
-    if source == "sample":
-        return builtin_sample()
-    return image_folder(source, train=train)
+    size = (resize, resize) if isinstance(resize, int) else resize
+    if size and min(size) < 8:
+        raise InputError(f"pictures can't be resized to {min(size)} pixels; choose at least 8")
+    if source not in ("cifar10", "sample"):
+        return image_folder(source, train=train, size=size)
+    images = cifar10(root) if source == "cifar10" else builtin_sample()
+    if size not in (None, images.size):
+        raise InputError(f"{images.name} is not resized; only the pictures of a folder are")
+    return images
 
 
 def builtin_sample():
@@ -155,84 +167,142 @@ def cifar10(root="data"):
     return ImageData("CIFAR-10", tuple(splits[0].classes), *tensors)
 
 
-def image_folder(path, *, train=True):
-    """Pictures in `path`/train/<class>/* and `path`/test/<class>/*, all of one size.
+def image_folder(path, *, train=True, size=None):
+    """Pictures in `path`/train/<class>/* and `path`/test/<class>/*, of any classes.
 
-    Any classes, the same in both. Without `train` there are no training images. Raises
-    InputError where something is missing or broken.
+    `size`: (height, width), see `read_picture`; None: they must all have the same. Without `train`
+    there are no training images. What is hidden, or has no ending of a picture, is left out, and
+    said. Raises InputError where something is missing or broken.
     """
-    from torchvision import datasets
-
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"no folder {path}; give --data cifar10, sample or an existing folder")
-    try:
-        listings = {split: datasets.ImageFolder(path / split) for split in ("train", "test")}
-    except FileNotFoundError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path}: train/ and test/ must each hold a folder of pictures for each class: {reason}"
-        ) from error
-    classes, others = (tuple(listing.classes) for listing in listings.values())
+    left_out = []
+    listings = {split: _pictures_by_class(path / split, left_out) for split in ("train", "test")}
+    classes, others = (tuple(sorted(listing)) for listing in listings.values())
     if classes != others or len(classes) < 2:
         raise InputError(
             f"{path}: train/ and test/ must hold the same classes, at least two; train/ has "
             f"{', '.join(classes)}; test/ has {', '.join(others)}"
         )
-    size = _read_picture(listings["train"].samples[0][0]).shape
-    splits = []
+    if left_out:
+        some = ", ".join(other.relative_to(path).as_posix() for other in left_out[:3])
+        print(f"left out {some} ({len(left_out)} in all): hidden, or not named as pictures")
+    first = listings["train"][classes[0]][0]
+    shape = (3, *size) if size else read_picture(first).shape
+    if not train:
+        listings["train"] = dict.fromkeys(classes, [])
+    tensors = []
     for split, listing in listings.items():
-        count = len(listing) if train or split == "test" else 0
-        names = [name for name, _ in listing.samples[:count]]
-        splits.append(_read_pictures(names, size, split))
-        splits.append(torch.tensor(listing.targets[:count], dtype=torch.int64))
-    return ImageData(f"the folder {path.resolve().name}", classes, *splits)
+        names = [name for each in classes for name in listing[each]]
+        counts = torch.tensor([len(listing[each]) for each in classes])
+        tensors.append(_read_pictures(names, shape, size, split))
+        tensors.append(torch.arange(len(classes)).repeat_interleave(counts))
+    return ImageData(f"the folder {path.resolve().name}", classes, *tensors)
 
 
-def _read_pictures(names, size, split):
+def _pictures_by_class(folder, left_out):
+    """{class: paths of its pictures} in order; other paths are added to the list `left_out`."""
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}; it must hold a folder of pictures for each class")
+    formats = Image.registered_extensions()
+    found = {}
+    for place in sorted(folder.iterdir(), key=str):
+        if place.name.startswith(".") or not place.is_dir():
+            left_out.append(place)
+            continue
+        # an accented letter has two forms, and other systems may have written the other
+        pictures = found.setdefault(unicodedata.normalize("NFC", place.name), [])
+        for path in sorted(place.iterdir(), key=str):
+            if path.name.startswith("."):
+                left_out.append(path)
+            elif formats.get(path.suffix.lower()) in Image.OPEN:
+                pictures.append(path)
+            elif path.is_dir():
+                raise InputError(
+                    f"{path} is a folder inside a class; put pictures into "
+                    f"{folder.name}/<class>/ itself, and what is none elsewhere"
+                )
+            else:
+                left_out.append(path)
+        if not pictures:
+            raise InputError(f"{place} holds no pictures; fill it or delete it")
+    return found
+
+
+def _read_pictures(names, shape, size, split):
     """uint8 (N, 3, H, W). Threads help: decoding does not hold Python's lock."""
-    images = np.empty((len(names), *size), dtype=np.uint8)
-    with ThreadPoolExecutor() as pool:  # after a bad picture the others are not read
-        pictures = pool.map(partial(_read_picture, size=size), names)
-        bar = progress_bar(pictures, total=len(names), desc=f"reading {split} pictures")
-        for i, image in enumerate(bar):
-            images[i] = image
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def _read_picture(name, size=None):
-    with _opened(name) as picture:
-        image = np.asarray(picture.convert("RGB"))
-    if size and image.shape != size:
-        raise InputError(
-            f"{name} has {image.shape[1]}×{image.shape[0]} pixels, the first picture "
-            f"{size[1]}×{size[0]}; bring all pictures to one size"
-        )
-    return image
-
-
-@contextmanager
-def _opened(name):
-    """The picture, also to be decoded in the block. Raises InputError where that fails."""
     try:
-        with Image.open(name) as picture:
-            yield picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the picture {name} can't be read; replace or delete it") from error
+        images = np.empty((len(names), *shape), dtype=np.uint8)
+    except MemoryError as error:
+        size = f"{shape[2]}×{shape[1]}"
+        raise InputError(
+            f"{len(names):,} pictures of {size} pixels don't fit into memory; {RESIZE}"
+        ) from error
+    with ThreadPoolExecutor() as pool:  # after a bad picture the others are not read
+        pictures = pool.map(partial(_picture_of_shape, shape, size), names)
+        bar = progress_bar(pictures, total=len(names), desc=f"reading {split} pictures")
+        for i, picture in enumerate(bar):
+            images[i] = picture
+    return torch.from_numpy(images)
 
 
-def read_picture(path, size):
-    """A picture of any size as the network sees it, uint8 (3, H, W): its middle, resized.
+def _picture_of_shape(shape, size, name):
+    picture = read_picture(name, size)
+    if picture.shape != shape:
+        raise InputError(
+            f"{name} has {picture.shape[2]}×{picture.shape[1]} pixels, the first picture "
+            f"{shape[2]}×{shape[1]}; {RESIZE}"
+        )
+    return picture
 
-    `size`: (height, width). Turned as the camera was held; what is transparent becomes white; of
-    an animation the first picture. Raises InputError where it can't be read.
+
+def read_picture(path, size=None):
+    """A picture as the network sees it, uint8 (3, H, W): the same in training and when asked.
+
+    `size`: (height, width) to which its middle is resized; None: all of it, as large as it is.
+    Turned as the camera was held, white where it is transparent, of an animation the first
+    picture. Grey values of 16 bits and floating-point ones of 0 to 1 are scaled to 8 bits. Raises
+    InputError where it can't be read.
     """
-    with _opened(path) as picture:
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    whole = Image.alpha_composite(white, picture).convert("RGB")
-    height, width = size
-    return torch.from_numpy(np.array(ImageOps.fit(whole, (width, height)))).permute(2, 0, 1)
+    try:
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.array(_prepared(picture, size))).permute(2, 0, 1)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"no picture {path}; name one that exists") from error
+    except Exception as error:  # a damaged file raises a dozen kinds, from OSError to RuntimeError
+        reason = type(error).__name__
+        raise InputError(
+            f"the picture {path} can't be read ({reason}); replace or delete it"
+        ) from error
+
+
+def _prepared(picture, size):
+    if size:  # a large JPEG is decoded at a fraction of its sides, in less time and memory
+        picture.draft(None, (8 * max(size),) * 2)
+    picture.getexif()  # keeps what it reads
+    picture.info.pop("exif", None)  # would be written anew, which odd values forbid
+    ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        picture = _eight_bits(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    return ImageOps.fit(picture, size[::-1]) if size else picture
+
+
+def _eight_bits(picture):
+    values = np.asarray(picture)
+    highest = 1 if picture.mode == "F" else 65535
+    if not 0 <= values.min() <= values.max() <= highest:
+        raise InputError(
+            f"the values of {picture.filename} go from {values.min():g} to {values.max():g}, not "
+            f"from 0 to {highest}; save it with 8 bits a channel"
+        )
+    return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
 
 
 def halve(data):
@@ -240,10 +310,10 @@ def halve(data):
     def smaller(images):
         return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
 
-    return replace(
-        data, name=f"{data.name} at half its size",
-        train_images=smaller(data.train_images), test_images=smaller(data.test_images),
-    )
+    images = {f"{split}_images": getattr(data, f"{split}_images")
+              for split in ("train", "test", "validation")}
+    halved = {name: smaller(pixels) for name, pixels in images.items() if pixels is not None}
+    return replace(data, name=f"{data.name} at half its size", **halved)
 
 
 def validation_split(labels, *, fraction=0.1, seed=0):

@@ -37,15 +37,15 @@ def main(arguments=None):
         dtype = devices.pick_precision(args.precision, device)
         model = load_weights(args.weights).to(device)
         print(f"weights  {model.metadata.get('recipe')}, seed {model.metadata.get('seed')}")
+        size = "×".join(map(str, model.size))
         if args.pictures:
-            size = "×".join(map(str, model.size))
             print(f"pictures the middle of each, resized to {size} pixels")
             seen = torch.stack([data.read_picture(path, model.size) for path in args.pictures])
             print(likeliest(args.pictures, explain.probabilities(model, seen), model.classes))
             return
-        images = data.load(args.data, train=False)
+        images = data.load(args.data, train=False, resize=model.size)
         print(
-            f"data     {images.name}: {len(images.test_images):,} test images\n"
+            f"data     {images.name}: {len(images.test_images):,} test images of {size} pixels\n"
             f"device   {devices.device_name(device)}, {devices.dtype_name(dtype)}\n",
             flush=True,
         )

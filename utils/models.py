@@ -134,8 +134,9 @@ def build(recipe, images, *, seed=0):
     if recipe.dirac:
         dirac_init(model)
     if recipe.whiten:
-        # from all over them: in a folder they are sorted by class
-        some = images.train_images[:: max(1, len(images.train_images) // 1000)][:1000]
+        pixels = images.train_images
+        count = min(len(pixels), 1000)  # from all over them: in a folder they are sorted by class
+        some = pixels[torch.arange(count) * len(pixels) // count]
         whiten(model, Normalization(*images.statistics)(some))
     return model.to(memory_format=torch.channels_last)
 

@@ -2,6 +2,7 @@
 
 Environment variables are read here and nowhere else. COURSE_DATA: `cifar10` (the default) or a
 folder for the real run, `sample` for a run of a minute on the built-in sample, as in the tests.
+COURSE_RESIZE: the side to which the pictures of that folder are brought, as by --resize.
 COURSE_TRAIN=1 trains without a GPU too, which takes hours. COURSE_RUNS names the folder for
 runs, where `runs` is not to be it.
 """
@@ -31,7 +32,8 @@ def begin(name):
     """
     devices.prepare()
     source = os.environ.get("COURSE_DATA", "cifar10")
-    images = data.load(source)
+    resize = int(os.environ.get("COURSE_RESIZE", 0)) or None
+    images = data.load(source, resize=resize)
     device = devices.pick_device()
     settings, dtype = recipe(name), devices.amp_dtype(device)
     if source == "sample":

@@ -31,6 +31,9 @@ class Options:
     data: str = "cifar10"
     """cifar10 (downloaded to data/ at first), sample (built in), or a folder with
     train/<class>/* and test/<class>/*"""
+    resize: int | None = None
+    """side in pixels to which the middle square of each picture of a folder is brought, for
+    photographs of any sizes; None: all have one size already"""
     seed: int = 0
     """of the first weights, the order of the images and their augmentation"""
     device: str | None = None

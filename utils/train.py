@@ -57,7 +57,7 @@ def main(arguments=None):
         speaks = contextlib.nullcontext() if run.is_first_process(args) else _silence()
         # what the folder rules out is refused before pictures are read
         with speaks, run.output_folder(args.chosen(), args) as out:
-            images = data.load(args.data)
+            images = data.load(args.data, resize=args.resize)
             run.run(args.chosen(images), images, args, out)
 
 

@@ -28,6 +28,8 @@ class Arguments:
     """runs made with --validate, to be kept as what was tried to choose the settings"""
     data: str = "cifar10"
     """what the runs were trained on, as for utils.train"""
+    resize: int | None = None
+    """as for utils.train"""
     device: str | None = None
     """cuda, mps, cpu, …; None: the best there is"""
     weights: bool = False
@@ -42,7 +44,8 @@ def main(arguments=None):
         if bool(args.runs) == bool(args.tuning):
             raise InputError("give either --from DIR … or --tuning DIR …")
         folder = args.to or tables.IMAGES / args.recipe
-        device, images = devices.pick_device(args.device), data.load(args.data)
+        device = devices.pick_device(args.device)
+        images = data.load(args.data, resize=args.resize)
         if args.tuning:
             images = data.hold_out(images)
             trials = [trial(args.recipe, Path(out), images, device) for out in args.tuning]
