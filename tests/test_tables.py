@@ -26,11 +26,11 @@ def test_results(tmp_path):
     rows = [
         "| recipe | what | claim: train / test | test | with flip | train | epochs | time |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| `s10` | first | [98.60&nbsp;/&nbsp;93.07](a.b/c) | 93.50 ± 0.71 (n = 2) | 93.50 ± 0.00 "
-        "| 98.55 ± 0.07 | 24 | 1.6 min, A, float32; B ×12, float32 |",
-        "| `s10` `cutout=0`, `loop=x` | x, y | – | 93.00 (n = 1) | 93.50 | 98.50 | 24 "
+        "| `s10` | first | [98.60&nbsp;/&nbsp;93.07](a.b/c) | 93.50 ± 0.71 (n&nbsp;=&nbsp;2) "
+        "| 93.50 ± 0.00 | 98.55 ± 0.07 | 24 | 1.6 min, A, float32; B ×12, float32 |",
+        "| `s10` `cutout=0`, `loop=x` | x, y | – | 93.00 (n&nbsp;=&nbsp;1) | 93.50 | 98.50 | 24 "
         "| 1.5 min, A, float32 |",
-        "| `s12` | last | [–&nbsp;/&nbsp;–](d) | 93.00 (n = 1) | 93.50 | 98.50 | 5 "
+        "| `s12` | last | [source](d) | 93.00 (n&nbsp;=&nbsp;1) | 93.50 | 98.50 | 5 "
         "| 50.0 min, A, float32 |",
     ]
     sentence = (

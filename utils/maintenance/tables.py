@@ -32,7 +32,8 @@ def results(folder=IMAGES):
         claimed = recipe(name).claimed
         claims = [f"{claimed[split]:.2f}" if split in claimed else "–"
                   for split in ("train", "test")]
-        claim = f"[{'&nbsp;/&nbsp;'.join(claims)}]({source})" if source else "–"
+        text = "&nbsp;/&nbsp;".join(claims) if claimed else "source"
+        claim = f"[{text}]({source})" if source else "–"
         if path.exists():
             change, *cells = measured(files.read_table(path))
             rows.append([f"`{name}` {change}".strip(), what, claim, *cells])
@@ -48,7 +49,7 @@ def measured(runs):
     devices = devices.str.replace(r" CPU, (\d+) thread\(s\)", r" ×\1", regex=True)
     time = f"{runs['seconds'].mean() / 60:.1f} min, "
     return [
-        code(runs["changed"][0]), f"{spread(runs['test_acc'])} (n = {len(runs)})",
+        code(runs["changed"][0]), f"{spread(runs['test_acc'])} (n&nbsp;=&nbsp;{len(runs)})",
         spread(runs["test_acc_flip"]), spread(runs["train_acc"]), f"{runs['epochs'][0]}",
         time + "; ".join(sorted(set(devices))),
     ]
