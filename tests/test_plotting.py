@@ -336,7 +336,7 @@ def test_accuracy_band_is_mean_and_range_of_the_runs():
 def test_ladder_goes_down_and_tells_each_gain_and_on_which_rung():
     """From where the later rungs begin: the first one's mean is a number."""
     ax = plotting.ladder(RUNGS)
-    assert ticks(ax.yaxis) == ["plain  1", "a  2", "b  3"]
+    assert ticks(ax.yaxis) == ["1  plain", "2  a", "3  b"]
     assert texts(ax) == ["51.00", "+11.50 ± 1.00 on 1", "+13.50 ± 1.00 on 1"]
     *dots, means, kept = ax.lines
     assert [list(line.get_xdata()) for line in dots] == [[50, 52], [63, 62], [64, 65]]
@@ -358,7 +358,7 @@ def test_compare_curves_draws_sources_in_the_colour_of_their_recipe_and_runs_of_
     assert named(ax) == ["unknown, source 75.12", "b 75.12", "a 62.50", "b, source 55.00"]
     assert ax.lines[3].get_linewidth() < ax.lines[1].get_linewidth()
     ax.figure.draw_without_rendering()
-    assert ax.get_legend().get_window_extent().x0 >= ax.bbox.x1
+    assert ax.get_legend().get_window_extent().y0 >= ax.bbox.y1
 
 
 @pytest.mark.parametrize("last, bottom", [(93.4, 40), (68.8, 30), (10, 0)])

@@ -9,6 +9,7 @@ so.
 import copy
 import functools
 import math
+import textwrap
 from itertools import cycle, zip_longest
 
 import matplotlib.pyplot as plt
@@ -272,7 +273,7 @@ def compare_curves(histories, published=None, *, ax=None):
     grey without one. Runs may differ in length. The axis begins at half the lowest last accuracy,
     in tens; what lies below is cut off.
     """
-    ax = _single(ax, (8.0, 4.4))
+    ax = _single(ax, (6.0, 4.4))
     colours = dict(zip(histories, cycle(COLOURS)))
     curves = []
     for name, rows in (published or {}).items():
@@ -287,7 +288,7 @@ def compare_curves(histories, published=None, *, ax=None):
         ax.plot(rows["epoch"], rows["test_acc"], label=f"{name} {last:.2f}", **style)
     ax.set_ylim(last // 20 * 10, 100)
     _name_epochs(ax, "test accuracy, %")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend_above(ax, 2)
     return ax
 
 
@@ -299,17 +300,18 @@ def ladder(rungs, *, ax=None):
     line goes through what was kept. The axis begins below the second rung's accuracies, or lower
     ones of a later rung; the first rung's mean stands in its place for the gain.
     """
-    ax = _single(ax, (7.2, 0.7 + 0.36 * len(rungs)))
+    ax = _single(ax, (6.0, 0.7 + 0.4 * len(rungs)))
     for y, row in enumerate(rungs.itertuples()):
         ax.plot(row.accuracies, [y] * len(row.accuracies), "o", color=GREY, markersize=3, zorder=3)
         ax.annotate(
             f"{row.gain} on {row.on}" if y else f"{row.mean:.2f}", (1.02, y), va="center",
             annotation_clip=False, xycoords=ax.get_yaxis_transform(),
         )
-    ax.plot(rungs["mean"], rungs.index, "D", color=BLUE, markerfacecolor="white")
+    ax.plot(rungs["mean"], rungs.index, "D", color=BLUE, markersize=6, markerfacecolor="white")
     kept = rungs[rungs["kept"] == "yes"]
-    ax.plot(kept["mean"], kept.index, "D-", color=BLUE)
-    ax.set_yticks(rungs.index, labels=[f"{name}  {y + 1}" for y, name in enumerate(rungs["rung"])])
+    ax.plot(kept["mean"], kept.index, "D-", color=BLUE, markersize=6)
+    names = [textwrap.fill(f"{y + 1}  {name}", 28) for y, name in enumerate(rungs["rung"])]
+    ax.set_yticks(rungs.index, labels=names)
     ax.set_xlim(min(map(min, rungs["accuracies"][1:])) - 0.5)
     ax.invert_yaxis()
     ax.grid(axis="x")
