@@ -4,7 +4,6 @@ import itertools
 import os
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,11 +57,10 @@ def test_rows_are_speeds_within_their_spread(table):
     assert (table["lowest"] <= table["median"]).all()
     assert (table["median"] <= table["highest"]).all()
     units = table["unit"].value_counts().drop("GFLOP/s").to_dict()  # one a dtype of the machine
-    assert units == {"images/s": 6, "times": 5, "ms/image": 8}
+    assert units == {"images/s": 4, "times": 4, "ms/image": 8}
 
 
 @pytest.mark.parametrize("ratio, over, under", [
-    ("whole batches over one image at a time", benchmark.BATCHED, benchmark.SINGLE),
     ("our training over plain", benchmark.OURS, benchmark.PLAIN),
     ("Lightning over our loop", benchmark.LIGHTNING, benchmark.OURS),
     ("freed memory kept over given back", benchmark.OURS, benchmark.GIVEN_BACK),
@@ -104,22 +102,6 @@ def test_rate_of_matrix_products_as_precise_as_convolutions(device, queued, size
         torch.backends.cuda.matmul.allow_tf32 = before
     flops = queued * 2 * size**3
     assert ran == [flops] and rates == [flops, flops / 2, flops / 4]
-
-
-def test_whole_batches_are_made_on_the_device_and_single_images_on_the_cpu(monkeypatch):
-    timed = []
-
-    def timer(_, *, globals, num_threads):
-        timed.append((globals["batches"], num_threads))
-        return SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(times=[0.5, 2.0]))
-
-    monkeypatch.setattr(benchmark, "Timer", timer)
-    speeds = benchmark.input_speeds(benchmark.noise(4), torch.device("meta"))
-    assert speeds == {benchmark.SINGLE: [8, 2], benchmark.BATCHED: [8, 2]}
-    (single, one), (batched, same) = timed
-    assert one == same == 1
-    assert single.num_workers == 0 and isinstance(single.dataset.images, np.ndarray)
-    assert batched.images.device.type == "meta"
 
 
 def test_a_process_of_its_own_is_prepared():

@@ -1,8 +1,7 @@
 """Speeds side by side, in one run on this machine: `python -m utils.maintenance.benchmark`.
 
-The rate of large matrix products, the input image by image and in batches, training as a
-plain loop does it and as we do, and where the time of a step goes. The images are noise: speed
-does not depend on what they show.
+The rate of large matrix products, training as a plain loop does it and as we do, and where the
+time of a step goes. The images are noise: speed does not depend on what they show.
 """
 
 import contextlib
@@ -33,14 +32,15 @@ from utils.recipes import recipe
 from utils.train import as_command
 
 BATCH_SIZE = recipe("s10").batch_size
-SINGLE, BATCHED = "input, one image at a time", "input, whole batches"
-PLAIN, OURS, LIGHTNING = "training, plain", "training, ours", "training, ours in Lightning"
+PLAIN = "training, plain"
+OURS = "training, ours"
+LIGHTNING = "training, ours in Lightning"
 GIVEN_BACK = "training, ours, freed memory given back"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measures input and training side by side, and where the time of a step goes."""
+    """Measures trainings side by side, and where the time of a step goes."""
 
     device: str | None = None
     """None: the best there is"""
@@ -92,10 +92,9 @@ def measure(*, device, images, batch_size=BATCH_SIZE, repeats=2):
     }
     for name, rates in products.items():
         add(f"matrix product, {name}", "GFLOP/s", rates, scale=1e-9)
-    speeds = input_speeds(pixels, device) | training_speeds(pixels, epochs=1 + repeats, **how)
+    speeds = training_speeds(pixels, epochs=1 + repeats, **how)
     for name, values in speeds.items():
         add(name, "images/s", values)
-    add("whole batches over one image at a time", "times", speeds[BATCHED], speeds[SINGLE])
     add("our training over plain", "times", speeds[OURS], speeds[PLAIN])
     add("Lightning over our loop", "times", speeds[LIGHTNING], speeds[OURS])
     add("freed memory kept over given back", "times", speeds[OURS], speeds[GIVEN_BACK])
@@ -127,21 +126,6 @@ def matmul_rates(device, dtype):
     timer = Timer(products, globals=factors, num_threads=torch.get_num_threads())
     times = timer.blocked_autorange(min_run_time=2).times
     return [2 * size**3 * queued / seconds for seconds in times]
-
-
-def input_speeds(images, device):
-    """{name: [images/s of a pass over the training images]}, in this process, one thread.
-
-    Whole batches are made on `device`, one image after the other on the CPU.
-    """
-    settings, speeds = recipe("s10"), {}
-    for name in (SINGLE, BATCHED):
-        settings = settings.replace(per_image=name == SINGLE)
-        batches = training_batches(settings, images, device=device, workers=0)
-        timer = Timer("for _ in batches: pass", globals={"batches": batches}, num_threads=1)
-        times = timer.blocked_autorange(min_run_time=2).times
-        speeds[name] = [len(images.train_images) / seconds for seconds in times]
-    return speeds
 
 
 class PlainDataset(datasets.CIFAR10):
