@@ -183,10 +183,10 @@ def _rounded(settings):
 _RECIPES = [
     # The assignment. Its rates are left to an LR finder; ours are read off the curve in
     # S10_custom_resnet.ipynb. "No annihilation": the schedule ends where it began. Adam with
-    # decoupled decay, because without any it learns its training images by heart:
-    # images/s10/README.md. The source, github.com/jaiyesh/tsai-era (folder S10), has a rate 20
-    # times smaller with L2 decay, which it lets go to nearly nothing; it fills cutout with the
-    # mean's number after normalisation, which is left out here.
+    # decoupled decay, because it seems to overfit more without: images/s10/README.md. The source,
+    # github.com/jaiyesh/tsai-era (folder S10), has L2 decay and a rate 20 times smaller, which
+    # falls to nearly nothing; it fills cutout with the mean's number after normalisation, which is
+    # left out here.
     Recipe(
         name="s10",
         optimizer="adamw",
@@ -201,7 +201,8 @@ _RECIPES = [
     # The same in 20 epochs, with the rates that its source reports. Decoupled decay as in s10: what
     # it takes from a weight in a step, rate times decay, is at the peak about the same. The claims
     # are of epoch 24: the source's README says 20, its notebook ran 24; its epoch 20 has 90.35 and
-    # 89.73. github.com/gharshit/ERA_V2 (folder S10_Assignment); its dropout of 0.07 is left out.
+    # 89.73. github.com/gharshit/ERA_V2 (folder S10_Assignment), with decay, crop and dropout in
+    # github.com/gharshit/ERA_MasterCodes at b73b58a; the dropout of 0.07 is left out.
     Recipe(
         name="s10_20",
         epochs=20,
@@ -236,8 +237,9 @@ _RECIPES = [
         whiten=True,
     ),
     # As far as this network goes in 24 epochs, rung by rung in images/s10_best/README.md. Most is
-    # from Page, "How to train your ResNet" (2018-2019), part 8; alternating flip and initialisation
-    # by dirac from Jordan, "94% on CIFAR-10 in 3.29 Seconds" (2024).
+    # from Page, "How to train your ResNet" (2018-2019), part 8; alternating flip from Jordan, "94%
+    # on CIFAR-10 in 3.29 Seconds" (2024), as is dirac as an initialisation, which goes back to
+    # Zagoruyko & Komodakis, "DiracNets" (2017).
     Recipe(
         name="s10_best",
         optimizer="sgd",
