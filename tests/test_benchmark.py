@@ -82,10 +82,13 @@ def test_share_of_the_matrix_product(rows, monkeypatch):
 
 @pytest.mark.parametrize("device, queued, size", [("meta", 20, 8192), ("cpu", 1, 4096)])
 def test_rate_of_matrix_products_as_precise_as_convolutions(device, queued, size, monkeypatch):
-    """Many queued on an accelerator, here one that has no numbers. The clock is made up."""
-    ran = []
+    """Many queued on an accelerator, here one that has no numbers. The clock is made up, but waits
+    for this device and no other."""
+    ran, waited = [], []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *device: waited.append(device))
 
-    def timer(products, *, globals, num_threads):
+    def timer(products, *, globals, num_threads, timer):
+        timer()
         assert torch.backends.cuda.matmul.allow_tf32 and num_threads == torch.get_num_threads()
         with FlopCounterMode(display=False) as counter:
             exec(products, globals)
@@ -101,6 +104,7 @@ def test_rate_of_matrix_products_as_precise_as_convolutions(device, queued, size
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     flops = queued * 2 * size**3
+    assert waited == [(torch.device(device),)] * (device != "cpu")
     assert ran == [flops] and rates == [flops, flops / 2, flops / 4]
 
 
@@ -202,6 +206,7 @@ def test_an_epoch_fills_an_accelerator_and_spares_a_cpu(device, arguments, image
         raise InputError("measured")
 
     monkeypatch.setattr(benchmark, "measure", stop)
+    monkeypatch.setattr(devices, "pick_device", torch.device)
     with pytest.raises(SystemExit, match="measured"):
         benchmark.main(["--device", device, *arguments])
     assert sizes == [images]

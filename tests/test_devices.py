@@ -16,7 +16,7 @@ from utils.recipes import recipe
 CUDA, MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "cpu:x"])
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "cpu:x", "meta"])
 def test_a_device_that_is_not_there_is_named_in_one_line(name):
     with pytest.raises(InputError, match=f"^no device '{name}'[^\n]*$"):
         devices.pick_device(name)

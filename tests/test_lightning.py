@@ -1,9 +1,11 @@
 """PyTorch Lightning's loop: the same training, its logs and checkpoints, several processes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from conftest import (
     CutOffError,
     Small,
     assert_same_state,
+    cut_off_after,
     read_history,
     tiny_images,
     without_times,
@@ -33,8 +36,10 @@ from utils import (
     models,
     run,
     train,
+    training,
 )
 from utils.models import load_weights
+from utils.optimization import one_cycle_rates
 from utils.recipes import recipe
 from utils.transforms import Normalization
 
@@ -109,6 +114,9 @@ def test_both_loops_train_the_same(name, changes, tmp_path):
         assert list(row) == [*expected, *validation]
         assert row["lr"] == expected["lr"]
         assert [row[key] for key in FIGURES] == pytest.approx([expected[key] for key in FIGURES])
+    planned = one_cycle_rates(settings, total_steps=2 * -(-len(images.train_images) // 16))
+    logged = lightning_loop.read_log(tmp_path)["lr"].dropna().to_dict()
+    assert logged == {4: pytest.approx(planned[4])}
 
 
 @pytest.mark.parametrize("changes, dtype", [
@@ -176,7 +184,7 @@ def test_best_checkpoint_is_chosen_on_validation_images(out, images, tmp_path):
             recipe("s12"), tmp_path, device=CPU, validation=validation
         )
         monitors[validation] = [callback.monitor for callback in trainer.checkpoint_callbacks]
-    assert monitors == {True: [None, "val_acc"], False: [None]}
+    assert monitors == {True: ["val_acc", None], False: [None]}
 
     accuracies = lightning_loop.read_log(out)["val_acc"].dropna()
     best = files.read_checkpoint(out / "best.ckpt")
@@ -190,6 +198,34 @@ def test_best_checkpoint_is_chosen_on_validation_images(out, images, tmp_path):
     }
     assert [len(pictures[name]) for name in pictures] == [36, 3, 21]
     assert len(set.union(*pictures.values())) == 36 + 3 + 21
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.5])
+def test_best_checkpoint_holds_the_network_with_the_noted_accuracy(
+    averaging, small_network, tmp_path
+):
+    """The run is cut off after its best epoch, moved, and goes on with worse ones: it unlearns
+    labels that are wrong."""
+    settings = recipe("s10").scaled(epochs=3, batch_size=14).replace(
+        cutout=2, averaging=averaging, min_lr=0.01, max_lr=0.03
+    )
+    tiny = tiny_images()
+    wrong = (tiny.train_labels + 1) % 3
+    tiny = replace(tiny, validation_images=tiny.train_images, validation_labels=wrong)
+    before, after = tmp_path / "before", tmp_path / "after"
+    with cut_off_after(4):  # an epoch has three steps
+        run.train_lightning(settings, tiny, device=CPU, out=before)
+    shutil.move(before, after)
+    _, history = run.train_lightning(settings, tiny, device=CPU, out=after, resume=True)
+    accuracies = [row["val_acc"] for row in history]
+    best = files.read_checkpoint(after / "best.ckpt")
+    assert best["epoch"] == 0 and accuracies[0] > max(accuracies[1:])
+    network = models.build(settings, tiny)
+    network.load_state_dict({
+        name.removeprefix("model."): tensor for name, tensor in best["state_dict"].items()
+    })
+    asked = batches.evaluation_batches(tiny, "validation", device=CPU)
+    assert training.predict(network, asked).accuracy == pytest.approx(max(accuracies))
 
 
 def test_checkpoint_knows_its_run(out, images, small_network, tmp_path):
@@ -472,6 +508,7 @@ def test_batch_that_can_not_be_shared(images):
 @pytest.mark.parametrize("arguments, words", [
     (["s10", "--devices", "2"], "--loop lightning"),
     (["s12", "--strategy", "nonsense"], "strategy"),
+    (["s12", "--strategy", "ddp_spawn"], "choose --strategy ddp"),  # would keep its results
     (["s12", "--precision", "fp16"], "float16"),  # Lightning would take bfloat16 without a word
 ])
 def test_bad_argument(folder, small_network, tmp_path, arguments, words):
@@ -481,6 +518,13 @@ def test_bad_argument(folder, small_network, tmp_path, arguments, words):
     assert caught.value.code.startswith("error: ") and words in caught.value.code
     assert "\n" not in caught.value.code
     assert not (tmp_path / "new").exists()
+
+
+def test_one_device_by_its_number_is_not_several(tmp_path):
+    with pytest.raises(InputError, match="^cuda:1 is one device; "):
+        lightning_loop.make_trainer(
+            recipe("s12"), tmp_path, device=torch.device("cuda", 1), devices=2
+        )
 
 
 def test_several_processes_need_a_folder(folder, tmp_path, monkeypatch):

@@ -112,18 +112,10 @@ def test_rates_of_their_own_follow_the_schedule():
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize("clip", [None, 0.1])
-def test_only_where_gradients_are_clipped_the_optimizer_is_not_fused(name, clip):
-    """Lightning refuses to clip for a fused one."""
-    settings = SGD.replace(optimizer=name, gradient_clip=clip)
-    assert make_optimizer(Network(), settings).defaults["fused"] == (clip is None)
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_overflow_in_the_first_step_of_float16_leaves_the_weights_finite(name):
     """The step is left out; a fused SGD would go on with a momentum that was never set."""
     model = Network()
-    optimizer = make_optimizer(model, SGD.replace(optimizer=name), dtype=torch.float16)
+    optimizer = make_optimizer(model, SGD.replace(optimizer=name))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1)
     images, labels = 1e6 * torch.randn(8, 4), torch.arange(8) % 3
     before = copy.deepcopy(model)

@@ -126,7 +126,7 @@ def test_a_step_that_overflows_is_skipped_and_lowers_the_scale(optimizer, clip):
     images, labels, _ = uneven_batches()
     model, before = linear_model(), linear_model()
     recipe = TINY.replace(optimizer=optimizer, gradient_clip=clip)
-    optimizer = make_optimizer(model, recipe, dtype=torch.float16)
+    optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     how = {"scaler": scaler, "dtype": torch.float16}
     training.training_step(model, images, labels, optimizer, recipe, **how)

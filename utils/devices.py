@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import time
 
 import torch
 
@@ -48,7 +49,7 @@ def pick_device(name=None):
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # "meta" computes nothing
     except (RuntimeError, AssertionError, ImportError) as error:  # by the kind of device
         raise InputError(f"no device {name!r} on this machine; try --device cpu") from error
     return torch.device(name)
@@ -105,3 +106,9 @@ def synchronize(device):
     """Waits until the device has done what it was told to."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def clock(device):
+    """The seconds of a clock, read when the device has done what it was told to."""
+    synchronize(device)
+    return time.perf_counter()

@@ -4,6 +4,7 @@ Model, loss, optimizer, schedule, transforms and batches are the plain loop's. W
 float32 on a CPU both loops end with the same weights, bit for bit.
 """
 
+import copy
 import logging
 import time
 import warnings
@@ -14,27 +15,27 @@ import pandas as pd
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from utils import InputError, files, training
 from utils.batches import evaluation_batches, training_batches
-from utils.devices import synchronize
-from utils.optimization import make_optimizer, one_cycle
+from utils.devices import clock
+from utils.optimization import clip_gradients, make_optimizer, one_cycle, update_average
 
 for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and the obvious
     logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
 
 CHECKPOINT = files.CHECKPOINTS["lightning"]
-MIXED = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+PRECISION_NAMES = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
 
 
 class ImageDataModule(LightningDataModule):
@@ -73,16 +74,17 @@ class ImageDataModule(LightningDataModule):
 class Classifier(LightningModule):
     """A model with its recipe: what happens in a step, and what is logged after an epoch.
 
-    `identity`, a dict of plain values, goes into the checkpoints. Accuracies are in percent.
+    `identity`, a dict of plain values, goes into the checkpoints. Accuracies are in percent. Where
+    the recipe averages weights, `average` is the network that is evaluated.
     """
 
     def __init__(self, model, recipe, *, identity=None):
         super().__init__()
         self.model, self.recipe, self.identity = model, recipe, identity or {}
+        self.average = copy.deepcopy(model).requires_grad_(False) if recipe.averaging else None
 
     def configure_optimizers(self):
-        dtype = torch.float16 if self.trainer.precision == MIXED[torch.float16] else None
-        optimizer = make_optimizer(self.model, self.recipe, dtype=dtype)
+        optimizer = make_optimizer(self.model, self.recipe)
         steps = self.trainer.estimated_stepping_batches
         schedule = one_cycle(optimizer, self.recipe, total_steps=steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "name": "lr"}]
@@ -97,16 +99,30 @@ class Classifier(LightningModule):
         self.log_means("train", loss.detach(), correct, len(labels))
         return loss
 
+    def configure_gradient_clipping(self, optimizer, **_):
+        """Lightning refuses to clip for optimizers that take out the scale of float16 themselves.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler and self.recipe.gradient_clip:
+            scaler.unscale_(optimizer)
+        clip_gradients(self.model, self.recipe)
+
+    def on_train_batch_end(self, *_):
+        if self.average:
+            first = self.trainer.global_step == 1
+            update_average(self.average, self.model, self.recipe.averaging, first=first)
+
     def on_validation_start(self):
         # SyncBatchNorm needs a GPU. On CPUs each process has statistics of its own by now, and
         # all must evaluate, and save, the same model.
-        for buffer in self.model.buffers():
+        for buffer in self.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         images, labels = batch
-        logits = self.model(images.to(memory_format=torch.channels_last)).float()
+        network = self.average or self.model
+        logits = network(images.to(memory_format=torch.channels_last)).float()
         correct = (logits.argmax(1) == labels).sum()
         name = list(self.trainer.datamodule.evaluated)[dataloader_idx]
         self.log_means(name, F.cross_entropy(logits, labels), correct, len(labels))
@@ -121,6 +137,9 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["identity"] = self.identity
+        if self.average and "optimizer_states" not in checkpoint:  # weights alone: the evaluated
+            states = self.average.state_dict().items()
+            checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in states}
 
 
 class EpochTable(Callback):
@@ -153,15 +172,18 @@ class EpochTable(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.rate = trainer.optimizers[0].param_groups[0]["lr"]
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            for logger in trainer.loggers:  # LearningRateMonitor waits for the device
+                logger.log_metrics({"lr": self.rate}, step=trainer.global_step)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.is_last_batch:
-            synchronize(module.device)
-        self.seconds = time.perf_counter() - self.start
+        now = clock(module.device) if trainer.is_last_batch else time.perf_counter()
+        self.seconds = now - self.start
         self.bar.update(len(batch[1]) * trainer.world_size)
 
     def on_train_epoch_end(self, trainer, module):
-        known = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        metrics = trainer.callback_metrics
+        known = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
         row = training.history_row(
             trainer.current_epoch + 1, lr=self.rate, images=self.images, seconds=self.seconds,
             device=module.device, dtype=self.dtype,
@@ -177,6 +199,19 @@ class EpochTable(Callback):
 
     def on_exception(self, trainer, module, exception):
         self.on_train_end(trainer, module)
+
+
+class Best(ModelCheckpoint):
+    """Keeps the weights of the epoch with the best accuracy on the validation images, best.ckpt."""
+
+    def __init__(self, **settings):
+        super().__init__(
+            filename="best", monitor="val_acc", mode="max", save_weights_only=True, **settings
+        )
+
+    def load_state_dict(self, state):
+        """Of a run whose folder may have been moved, where Lightning would forget the best."""
+        super().load_state_dict({**state, "dirpath": self.dirpath})
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -201,6 +236,8 @@ def make_trainer(
     """
     if device.type == "cpu" and dtype == torch.float16:
         raise InputError("Lightning has no float16 on CPUs; choose another --precision")
+    if devices > 1 and device.index is not None:
+        raise InputError(f"{device} is one device; leave out its number, or --devices {devices}")
     plugins = [WholeFileIO()]
     if devices * num_nodes == 1:  # whatever RANK or SLURM_PROCID say
         plugins.append(LightningEnvironment())
@@ -208,29 +245,17 @@ def make_trainer(
     elif SLURMEnvironment.detect():  # requeueing would leave a checkpoint beside ours
         plugins.append(SLURMEnvironment(auto_requeue=False))
     keep = {"dirpath": out, "enable_version_counter": False, "save_on_train_epoch_end": True}
-    callbacks = [
-        EpochTable(dtype),
-        LearningRateMonitor("step"),
-        ModelCheckpoint(filename=Path(CHECKPOINT).stem, **keep),
-    ]
-    if recipe.averaging:
-        average = get_ema_multi_avg_fn(recipe.averaging)  # EMAWeightAveraging's rounds otherwise
-        callbacks.append(WeightAveraging(multi_avg_fn=average))
-    if validation:
-        callbacks.append(ModelCheckpoint(
-            filename="best", monitor="val_acc", mode="max", save_weights_only=True, **keep
-        ))
+    best = [Best(**keep)] if validation else []
+    last = ModelCheckpoint(filename=Path(CHECKPOINT).stem, **keep)
     try:
-        return Trainer(
+        trainer = Trainer(
             max_epochs=recipe.epochs,
             accelerator=device.type,
             devices=[device.index] if devices == 1 and device.index is not None else devices,
             num_nodes=num_nodes,
             strategy=strategy,
-            precision=MIXED[dtype],
+            precision=PRECISION_NAMES[dtype],
             sync_batchnorm=device.type == "cuda",  # does nothing in a single process
-            gradient_clip_val=recipe.gradient_clip,
-            gradient_clip_algorithm="value",
             use_distributed_sampler=False,  # ImageDataModule shares out the images
             num_sanity_val_steps=0,
             logger=[
@@ -239,7 +264,7 @@ def make_trainer(
                 TensorBoardLogger(out, name="tensorboard", version="", default_hp_metric=False),
             ],
             log_every_n_steps=5,
-            callbacks=callbacks,
+            callbacks=[EpochTable(dtype), *best, last],  # the last knows which was the best
             plugins=plugins,
             default_root_dir=out,  # where a checkpoint from SLURM would be looked for
             enable_progress_bar=False,
@@ -247,6 +272,9 @@ def make_trainer(
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise InputError(f"Lightning: {' '.join(str(error).split())}") from error
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise InputError("spawned or forked processes keep their results; choose --strategy ddp")
+    return trainer
 
 
 def fit_trainer(trainer, module, datamodule, *, resume=False):
@@ -267,9 +295,8 @@ def fit_trainer(trainer, module, datamodule, *, resume=False):
         trainer.fit(module, datamodule, ckpt_path=begun, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from None
-    if module.recipe.averaging and trainer.is_global_zero:
-        # where nothing was left to do Lightning does not put the average into the module
-        module.load_state_dict(files.read_checkpoint(checkpoint)["state_dict"])
+    if module.average:
+        module.model.load_state_dict(module.average.state_dict())
     module.eval()
     return table.history
 

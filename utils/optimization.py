@@ -19,7 +19,7 @@ with warnings.catch_warnings():  # its import announces bars that are not used h
     from torch_lr_finder import LRFinder, TrainDataLoaderIter, lr_finder
 
 
-def make_optimizer(model, recipe, *, dtype=None):
+def make_optimizer(model, recipe):
     """The recipe's optimizer, at the rate where its schedule starts.
 
     With `logit_scale` s the linear layer is in a group of its own, with the "factor" s² for its
@@ -36,13 +36,15 @@ def make_optimizer(model, recipe, *, dtype=None):
         {"params": members, "lr": recipe.min_lr * factor, "factor": factor}
         for factor, members in groups.items()
     ]
-    settings = {"lr": recipe.min_lr, "weight_decay": recipe.weight_decay}
-    # Lightning's mixed precision refuses to clip gradients for a fused optimizer.
-    settings["fused"] = not recipe.gradient_clip
+    # fused: in float16 all others wait in each step for the device to say whether it overflowed
+    settings = {"lr": recipe.min_lr, "weight_decay": recipe.weight_decay, "fused": True}
     if recipe.optimizer == "sgd":
-        # Where float16 overflows in the first step, fused SGD never sets its momentum.
-        settings["fused"] &= dtype != torch.float16
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
+        optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                # By itself it would never be set where float16 overflows in the first step.
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     adam = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
     return adam(parameters, **settings)
 
@@ -81,6 +83,22 @@ def one_cycle_rates(recipe, *, total_steps):
         optimizer.step()
         scheduler.step()
     return rates
+
+
+@torch.no_grad()
+def update_average(average, model, share, *, first):
+    """Has the network `average` keep that `share` of itself, and take the rest from `model`.
+
+    That is weights and running statistics; in the `first` step of all it takes everything.
+    Without waiting for the device, which torch's AveragedModel does twice.
+    """
+    if first:
+        average.load_state_dict(model.state_dict())
+    ours, theirs = (
+        [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+        for network in (average, model)
+    )
+    torch._foreach_lerp_(ours, theirs, 1 - share)
 
 
 SMOOTHING = 0.2  # weight of the newest loss in a range test's running mean

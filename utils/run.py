@@ -265,7 +265,7 @@ def train_plain(recipe, images, *, seed=0, device, dtype=None, checkpoint=None, 
     train_batches = training_batches(recipe, images, seed=seed, device=device)
     test_batches = evaluation_batches(images, device=device)
     model = build(recipe, images, seed=seed).to(device)
-    optimizer = make_optimizer(model, recipe, dtype=dtype)
+    optimizer = make_optimizer(model, recipe)
     scheduler = one_cycle(optimizer, recipe, total_steps=recipe.epochs * len(train_batches))
     history = training.fit(
         model, train_batches, test_batches, optimizer, scheduler, recipe, dtype=dtype,

@@ -1,5 +1,6 @@
 """Training by our own loop: a step, an epoch, predictions, and `fit`, which can be resumed."""
 
+import copy
 import math
 import sys
 import time
@@ -7,11 +8,10 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils import InputError, files
 from utils.devices import autocast, device_name, dtype_name
-from utils.optimization import clip_gradients
+from utils.optimization import clip_gradients, update_average
 from utils.progress import epoch_bar
 from utils.results import Results
 
@@ -94,15 +94,15 @@ def train_epoch(
     """One pass over `batches`. Returns the mean loss and the accuracy in percent, both over
     images, and the learning rate of the last step.
 
-    After each step the weights go into the AveragedModel `average`, where there is one. Each batch
-    counts by its size, so that a short last batch does not weigh too much. The sums
-    stay on the device, which is asked for them only every 25th step and at the end.
+    After each step the network `average`, where there is one, moves towards the model. Each batch
+    counts by its size, so that a short last batch does not weigh too much. The sums stay on the
+    device, which is asked for them at the end alone, so that no step waits for it.
     Raises InputError when the loss is not finite.
     """
     model.train()
     device = next(model.parameters()).device
-    loss_sum, correct_sum, count = torch.zeros((), device=device), 0, 0
-    for step, (images, labels) in enumerate(batches):
+    sums, count = torch.zeros(2, device=device), 0
+    for images, labels in batches:
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         loss, correct = training_step(
@@ -111,16 +111,16 @@ def train_epoch(
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
         if average:
-            average.update_parameters(model)
-        loss_sum += loss * len(labels)
-        correct_sum += correct
+            update_average(average, model, recipe.averaging, first=scheduler.last_epoch == 1)
+        sums += torch.stack([loss * len(labels), correct])
         count += len(labels)
-        if step % 25 == 0:
-            assert_finite(loss_sum)
+        if device.type == "cpu":  # which has it at hand
+            assert_finite(loss)
         if bar is not None:
             bar.update(len(labels))
+    loss_sum, correct_sum = sums.tolist()
     assert_finite(loss_sum)
-    return loss_sum.item() / count, 100 * correct_sum.item() / count, rate
+    return loss_sum / count, 100 * correct_sum / count, rate
 
 
 @torch.inference_mode()
@@ -163,11 +163,9 @@ def fit(
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    average = None
-    if recipe.averaging:
-        average = parts["average"] = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True
-        )
+    average = copy.deepcopy(model) if recipe.averaging else None
+    if average:
+        parts["average"] = average
     identity = run_identity(recipe, **(identity or {}))
     history = []
     if resume and checkpoint and Path(checkpoint).exists():
@@ -183,7 +181,7 @@ def fit(
                 average=average, bar=bar,
             )
             seconds = time.perf_counter() - start
-            test = predict(average.module if average else model, test_batches, dtype=dtype)
+            test = predict(average or model, test_batches, dtype=dtype)
             history.append(history_row(
                 epoch + 1, lr=rate, train=train, test=(test.loss, test.accuracy), images=images,
                 seconds=seconds, device=device, dtype=dtype,
@@ -193,6 +191,6 @@ def fit(
             bar.write(ROW.format(**history[-1]))
             sys.stdout.flush()
     if average:
-        model.load_state_dict(average.module.state_dict())
+        model.load_state_dict(average.state_dict())
     model.eval()
     return history

@@ -123,7 +123,10 @@ def matmul_rates(device, dtype):
     size, queued = (4096, 1) if device.type == "cpu" else (8192, 20)
     factors = {name: torch.randn(size, size, device=device, dtype=dtype) for name in "ab"}
     products = f"for _ in range({queued}): a @ b"
-    timer = Timer(products, globals=factors, num_threads=torch.get_num_threads())
+    timer = Timer(
+        products, globals=factors, num_threads=torch.get_num_threads(),
+        timer=partial(devices.clock, device),
+    )
     times = timer.blocked_autorange(min_run_time=2).times
     return [2 * size**3 * queued / seconds for seconds in times]
 
@@ -210,11 +213,10 @@ def phases(batches, model, optimizer, *, device, dtype=None, layout=torch.contig
     for after each phase, which a training would not do.
     """
     model.train()
-    times, marks = {}, [time.perf_counter()]
+    times, marks = {}, [devices.clock(device)]
 
     def done(phase):
-        devices.synchronize(device)
-        marks.append(time.perf_counter())
+        marks.append(devices.clock(device))
         times.setdefault(phase, []).append(1000 * (marks[-1] - marks[-2]) / len(labels))
 
     for images, labels in itertools.islice(batches, 6):
@@ -245,7 +247,7 @@ def our_phases(images, *, device, dtype=None, batch_size=BATCH_SIZE):
     settings = recipe("s10").scaled(batch_size=batch_size)
     batches = training_batches(settings, images, device=device)
     model = build(settings, images).to(device)
-    optimizer = make_optimizer(model, settings, dtype=dtype)
+    optimizer = make_optimizer(model, settings)
     return phases(
         batches, model, optimizer, device=device, dtype=dtype, layout=torch.channels_last
     )
