@@ -102,7 +102,7 @@ def as_process(datamodule, rank=0, processes=1, device=CPU):
 ])
 def test_both_loops_train_the_same(name, changes, tmp_path):
     """The weights are equal bit for bit; the figures up to float32's rounding of the sums."""
-    settings = recipe(name).scaled(epochs=2, batch_size=16).replace(**changes)
+    settings = recipe(name).scaled(epochs=2, batch_size=16).replace(width=8, **changes)
     images = data.with_validation(tiny_images(16), fraction=settings.held_out)
     model, plain = run.train_plain(settings, images, seed=3, device=CPU)
     other, history = run.train_lightning(settings, images, seed=3, device=CPU, out=tmp_path)

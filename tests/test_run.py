@@ -418,7 +418,10 @@ def test_options_that_can_not_be(options, words):
 
 
 def test_the_real_network_learns_the_sample(monkeypatch):
-    """Shrunk to 12×12 pixels, of which a linear model tells a quarter; seeds gave 76 to 80 %."""
+    """Shrunk to 12×12 pixels, of which a linear model tells a quarter; seeds gave 78 to 81 %.
+
+    With half the channels, which is enough for that.
+    """
     monkeypatch.undo()
     images = data.builtin_sample()
     small = {
@@ -426,7 +429,7 @@ def test_the_real_network_learns_the_sample(monkeypatch):
         for name in ("train_images", "test_images")
     }
     settings = recipe("s10_cpu").scaled(epochs=3, batch_size=16, max_lr=0.1).replace(
-        sizes=(), padding=1, cutout=0, label_smoothing=0.0
+        sizes=(), padding=1, cutout=0, label_smoothing=0.0, width=32
     )
     _, history = run.train_plain(settings, replace(images, **small), device=CPU)
     assert history[-1]["test_acc"] > 60

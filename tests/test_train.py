@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -202,6 +203,18 @@ def test_a_reader_that_has_gone_stops_no_command():
         print("third", file=output, flush=True)
 
 
+@pytest.mark.filterwarnings("ignore:'utils.train' found in sys.modules")
+def test_a_refusal_is_one_line_and_a_status(tmp_path, monkeypatch, capfd):
+    """As by `python -m`, but in this process: sys.exit of a text prints it and gives status 1."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "s10", "--data", "x"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("utils.train", run_name="__main__")
+    assert caught.value.code.startswith("error: no folder x; ") and "\n" not in caught.value.code
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Real processes
 
 
@@ -212,13 +225,6 @@ def start(folder, *command):
         [sys.executable, *map(str, command)], cwd=folder, env=environment, timeout=300,
         capture_output=True, text=True, encoding="utf-8",
     )
-
-
-def test_a_refusal_is_one_line_and_a_status(tmp_path):
-    process = start(tmp_path, "-m", "utils.train", "s10", "--data", "x")
-    assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr.startswith("error: no folder x; ") and process.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """
@@ -243,7 +249,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch, n
     """In the second of two epochs of three steps; in a folder of one's own, unnamed."""
     write_folder(tmp_path / "colours", train=8, test=3, side=8)
     command = ["s10", "--data", "colours", "--epochs", 2, "--batch-size", 8, "--padding", 1,
-               "--cutout", 2, *ON_CPU]
+               "--cutout", 2, "--width", 8, *ON_CPU]
     (tmp_path / "killed.py").write_text(KILLED)
     process = start(tmp_path, "killed.py", *command)
     assert process.returncode == -signal.SIGKILL, process.stderr

@@ -175,9 +175,9 @@ def test_a_resumed_run_in_float16_goes_on_with_its_scale(tmp_path, small_network
 def test_a_run_that_was_cut_off_in_mid_epoch_ends_as_one_that_was_not(
     tmp_path, monkeypatch, network
 ):
-    """Weights, statistics and history bit for bit, in the real network too."""
+    """Weights, statistics and history bit for bit, in the real network, but narrow, too."""
     monkeypatch.setitem(models.MODELS, "custom_resnet", network)
-    recipe = TINY.replace(epochs=2, label_smoothing=0.1, gradient_clip=0.1)
+    recipe = TINY.replace(epochs=2, label_smoothing=0.1, gradient_clip=0.1, width=8)
     whole, history = train(recipe=recipe)
     with cut_off_after(4):  # an epoch has three steps
         train(tmp_path / "checkpoint.pt", recipe=recipe)
