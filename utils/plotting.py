@@ -389,7 +389,7 @@ def calibration(results, *, ax=None):
     bars = ax.bar(width * (np.arange(len(counts)) + 0.5), 100 * counts / counts.sum(), 0.9 * width,
                   color="#DDDDDD", label="share of images")
     ax.bar_label(bars, [f"{n:,}" if n else "" for n in counts], color=GREY, fontsize=8)
-    ax.plot([0, 100], [0, 100], color="black", linestyle=":", label="as right as sure")
+    ax.plot([0, 100], [0, 100], color="black", linestyle=":", label="perfect calibration")
     ax.vlines(confidences, confidences, accuracies, color=VERMILION, linewidth=3,
               label=f"gap, on average {results.calibration_error:.2f} % (ECE)")
     ax.plot(confidences, accuracies, color=BLUE, linestyle="", marker="o", label="accuracy")
