@@ -133,7 +133,7 @@ def test_figures_and_weights_are_the_median_runs(copy, images, accuracies, media
         lambda model, *_, **__: 2 * [SimpleNamespace(accuracy=accuracies[model.metadata["seed"]])],
     )
     outs = [out_of(copy, seed) for seed in range(len(accuracies))]
-    record.keep("s10", outs[::-1], images, copy / "new", weights=True, device=CPU)
+    record.record_runs("s10", outs[::-1], images, copy / "new", weights=True, device=CPU)
     assert list(files.read_table(copy / "new/runs.csv")["test_acc"]) == accuracies
     assert (copy / "new/loss.png").read_text() == outs[median].name
     kept = load_weights(copy / "new/weights.safetensors")
@@ -157,7 +157,7 @@ def test_a_precision_that_the_device_lacks_is_not_emulated(copy, images, monkeyp
         explain, "plain_and_flipped", lambda *args, dtype: asked.append(dtype) or results(*args)
     )
     change_metrics(out_of(copy, 0), lambda m: m.update(precision="bfloat16"))
-    record.keep("s10", [out_of(copy, 0)], images, copy / "new", device=CPU)
+    record.record_runs("s10", [out_of(copy, 0)], images, copy / "new", device=CPU)
     assert asked == [None]
     assert list(files.read_table(copy / "new/runs.csv")["precision"]) == ["bfloat16"]
 
@@ -177,7 +177,7 @@ def test_logs_are_kept_and_older_ones_are_not(copy, images):
     (copy / "new/csv/older.csv").write_text("")
     (out_of(copy, 0) / "tensorboard").mkdir()
     (out_of(copy, 0) / "tensorboard/events").write_text("curves")
-    record.keep("s10", [out_of(copy, 0)], images, copy / "new", device=CPU)
+    record.record_runs("s10", [out_of(copy, 0)], images, copy / "new", device=CPU)
     assert (copy / "new/tensorboard/events").read_text() == "curves"
     assert not (copy / "new/csv").exists()
 
@@ -208,7 +208,7 @@ def test_run_of_an_older_version(copy, images):
     about = {"name": "the folder colours", "fingerprint": images.fingerprint}
     old = {**OLD, "data": about, "last_epoch": last}
     (out / "metrics.json").write_text(json.dumps(old))
-    record.keep("s10", [out, out_of(copy, 1)], images, copy / "new", device=CPU)
+    record.record_runs("s10", [out, out_of(copy, 1)], images, copy / "new", device=CPU)
     row, _ = files.read_table(copy / "new/runs.csv").to_dict("records")
     assert (row["changed"], row["commit"]) == ("batch_size=8; cutout=2", "")
     assert (row["test_acc"], row["seconds"], row["torch"]) == (last["test_acc"], 3.5, "2.7.0")
@@ -245,7 +245,8 @@ def test_refused(copy, arguments, words):
 def test_runs_that_do_not_belong_together(copy, images, change, words):
     change_metrics(out_of(copy, 1), change)
     with pytest.raises(InputError, match=words):
-        record.keep("s10", [out_of(copy, 0), out_of(copy, 1)], images, copy / "new", device=CPU)
+        outs = [out_of(copy, 0), out_of(copy, 1)]
+        record.record_runs("s10", outs, images, copy / "new", device=CPU)
     assert not (copy / "new").exists()
 
 
@@ -253,7 +254,7 @@ def test_weights_too_large_for_half_precision_are_refused():
     model = torch.nn.Linear(1, 1)
     model.bias.data.fill_(70000)
     with pytest.raises(InputError, match="^bias is too large for float16"):
-        record.half(model)
+        record.in_float16(model)
 
 
 # What was tried

@@ -158,7 +158,9 @@ def test_validation_holds_out_training_images(tmp_path, capsys):
     assert "39 training and 3 test images" in capsys.readouterr().out
     changed = replace(images, test_images=255 - images.test_images)
     second = start(images=changed, out=tmp_path / "second", validate=True)
-    assert files.read_metrics(first)["data"]["name"] == "tiny" + data.HELD_OUT
+    assert files.read_metrics(first)["data"]["name"] == (
+        "tiny, tested on a held-out part of its training images"
+    )
     assert without_times(read_history(first)) == without_times(read_history(second))
     first, second = (load_weights(out / "weights.safetensors") for out in (first, second))
     assert_same_state(first, second)

@@ -349,15 +349,12 @@ def with_validation(data, *, fraction=0.1, seed=0):
     )
 
 
-HELD_OUT = ", tested on a held-out part of its training images"
-
-
 def hold_out(data, *, fraction=0.1, seed=0):
     """The data with a validation split of its training images in the place of the test images."""
     split = with_validation(data, fraction=fraction, seed=seed)
     return replace(
         split,
-        name=data.name + HELD_OUT,
+        name=f"{data.name}, tested on a held-out part of its training images",
         test_images=split.validation_images,
         test_labels=split.validation_labels,
         validation_images=None,

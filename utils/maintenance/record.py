@@ -47,27 +47,32 @@ def main(arguments=None):
         device = devices.pick_device(args.device)
         images = data.load(args.data, resize=args.resize)
         if args.tuning:
-            images = data.hold_out(images)
-            trials = [trial(args.recipe, Path(out), images, device) for out in args.tuning]
+            trials = [trial_row(args.recipe, read_run(out), images, device) for out in args.tuning]
             files.save_table(trials, folder / "tuning.csv")
         else:
-            keep(args.recipe, args.runs, images, folder, weights=args.weights, device=device)
+            record_runs(args.recipe, args.runs, images, folder, weights=args.weights, device=device)
         print(f"recorded in {folder}")
         if not args.to:
             tables.write()
 
 
-def recipe_of(out):
-    """(recipe, metrics) of the finished run in the folder `out`.
+@dataclass(frozen=True)
+class FinishedRun:
+    """What metrics.json in the folder `out` says, and the recipe in it."""
 
-    What an older version did not know has its default.
-    """
-    metrics = files.read_metrics(out)
+    out: Path
+    recipe: Recipe
+    metrics: dict
+
+
+def read_run(out):
+    """The `FinishedRun` in the folder `out`. What an older version did not know has its default."""
+    metrics = {"commit": "", **files.read_metrics(out)}
     settings = {k: v for k, v in metrics["recipe"].items() if k not in ABOUT_THE_SOURCE}
-    return Recipe(**settings), metrics
+    return FinishedRun(Path(out), Recipe(**settings), metrics)
 
 
-def keep(name, outs, images, folder, *, weights=False, device):
+def record_runs(name, outs, images, folder, *, weights=False, device):
     """Keeps the results of the finished runs `outs` of the recipe `name` in `folder`.
 
     That is runs.csv, a history_seed<k>.csv of each, the figures and logs of the median run by
@@ -77,17 +82,17 @@ def keep(name, outs, images, folder, *, weights=False, device):
     are not all finished, of this recipe with the same settings and precision, of this data, and
     of different seeds, or where the weights do not give the accuracy that was noted.
     """
-    runs = [(*recipe_of(out), Path(out)) for out in outs]
-    runs = sorted(runs, key=lambda entry: entry[1]["seed"])
-    check(name, runs, images)
-    table = pd.DataFrame([row(*entry, images, device) for entry in runs])
-    median = runs[table["test_acc"].argsort().iloc[(len(runs) - 1) // 2]][2]
+    runs = sorted(map(read_run, outs), key=lambda each: each.metrics["seed"])
+    refuse_mixed_runs(name, runs, images)
+    table = pd.DataFrame([run_row(each, images, device) for each in runs])
+    median = runs[table["test_acc"].argsort().iloc[(len(runs) - 1) // 2]].out
 
     for old in (*folder.glob("history_seed*.csv"), *folder.glob("*.safetensors")):
         old.unlink(missing_ok=True)
     files.save_table(table, folder / "runs.csv")
-    for _, metrics, out in runs:
-        shutil.copyfile(out / "history.csv", folder / f"history_seed{metrics['seed']}.csv")
+    for each in runs:
+        seed = each.metrics["seed"]
+        shutil.copyfile(each.out / "history.csv", folder / f"history_seed{seed}.csv")
     for figure in median.glob("*.png"):
         shutil.copyfile(figure, folder / figure.name)
     for logs in ("csv", "tensorboard"):  # of Lightning
@@ -96,19 +101,19 @@ def keep(name, outs, images, folder, *, weights=False, device):
             shutil.copytree(median / logs, folder / logs)
     if len(runs) > 1:
         plotting.use_style()
-        histories = [files.read_table(out / "history.csv") for *_, out in runs]
-        ax = plotting.accuracy_band([history.to_dict("records") for history in histories])
-        title = run.figure_title(runs[0][0], images, runs=f"{len(runs)} runs")
+        ax = plotting.accuracy_band([files.read_table(each.out / "history.csv") for each in runs])
+        title = run.figure_title(runs[0].recipe, images, runs=f"{len(runs)} runs")
         ax.figure.suptitle(title, wrap=True)
         files.save_figure(ax.figure, folder / "accuracy.png")
     if weights:
-        model, path = load_weights(median / "weights.safetensors"), folder / "weights.safetensors"
-        files.save_tensors(half(model).state_dict(), path, model.metadata)
+        model = load_weights(median / "weights.safetensors")
+        path = folder / "weights.safetensors"
+        files.save_tensors(in_float16(model).state_dict(), path, model.metadata)
         results = explain.predictions(load_weights(path).to(device), images)
         save_predictions(results, folder / "predictions.safetensors")
 
 
-def half(model):
+def in_float16(model):
     """The model in float16. Raises InputError where a number is too large for it."""
     for name, tensor in model.half().state_dict().items():
         if not tensor.isfinite().all():
@@ -116,55 +121,85 @@ def half(model):
     return model
 
 
-def check(name, runs, images):
+def refuse_mixed_runs(name, runs, images):
     """Raises InputError where the runs do not belong together, to `name` or to the images."""
-    seeds = [metrics["seed"] for _, metrics, _ in runs]
+    seeds = [each.metrics["seed"] for each in runs]
     if len(set(seeds)) < len(seeds):
         raise InputError(f"the seeds of the runs are {seeds}; give each of them once")
-    first, first_metrics, first_out = runs[0]
-    fingerprint = data.with_validation(images, fraction=first.held_out).fingerprint
-    for settings, metrics, out in runs:
-        if settings.name != name:
-            raise InputError(f"{out} holds a run of {settings.name}, not of {name}")
-        if settings.differences(first) or metrics["precision"] != first_metrics["precision"]:
+    first = runs[0]
+    for each in runs:
+        if each.recipe.name != name:
+            raise InputError(f"{each.out} holds a run of {each.recipe.name}, not of {name}")
+        if (
+            each.recipe.differences(first.recipe)
+            or each.metrics["precision"] != first.metrics["precision"]
+        ):
             raise InputError(
-                f"{out} differs from {first_out} in settings or precision; leave one out"
+                f"{each.out} differs from {first.out} in settings or precision; leave one out"
             )
-        if metrics["data"]["fingerprint"] != fingerprint:
-            raise InputError(f"{out} holds a run on other data than {images.name}; name its --data")
+        if not trained_on(images, each):
+            raise InputError(
+                f"{each.out} holds a run on other data than {images.name}; name its --data"
+            )
 
 
-def evaluated(metrics, out, images, device):
+def trained_on(images, finished):
+    """Whether these are the training and test images of a `FinishedRun`."""
+    images = data.with_validation(images, fraction=finished.recipe.held_out)
+    return finished.metrics["data"]["fingerprint"] == images.fingerprint
+
+
+def evaluate_again(finished, images, device):
     """A run's weights on the test images, plainly and with test-time flip: two `Results`.
 
     Raises InputError where they do not have the accuracy that was noted.
     """
-    model = load_weights(out / "weights.safetensors").to(device)
+    model = load_weights(finished.out / "weights.safetensors").to(device)
     dtypes = {devices.dtype_name(dtype): dtype for dtype in (None, devices.amp_dtype(device))}
-    dtype = dtypes.get(metrics["precision"])  # float32 where the device would have to emulate it
+    # float32 where the device would have to emulate it
+    dtype = dtypes.get(finished.metrics["precision"])
     plain, flipped = explain.plain_and_flipped(model, images, dtype=dtype)
-    last = metrics["last_epoch"]
-    if abs(plain.accuracy - last["test_acc"]) > 0.1:  # another device rounds otherwise
+    noted = finished.metrics["last_epoch"]["test_acc"]
+    if abs(plain.accuracy - noted) > 0.1:  # another device rounds otherwise
         raise InputError(
-            f"{out} notes a test accuracy of {last['test_acc']:.2f}, its weights have "
+            f"{finished.out} notes a test accuracy of {noted:.2f}, its weights have "
             f"{plain.accuracy:.2f}; train it again"
         )
     return plain, flipped
 
 
-def row(settings, metrics, out, images, device):
+def run_row(finished, images, device):
     """A run's line of runs.csv, a dict."""
-    plain, flipped = evaluated(metrics, out, images, device)
+    _, flipped = evaluate_again(finished, images, device)
+    metrics = finished.metrics
     last = metrics["last_epoch"]
-    return {"recipe": settings.name} | common(settings, metrics) | {
+    return {"recipe": finished.recipe.name} | shared_columns(finished.recipe, metrics) | {
         "train_loss": last["train_loss"], "test_acc": last["test_acc"],
         "test_loss": last["test_loss"], "test_acc_flip": flipped.accuracy, **metrics["versions"],
-        "commit": metrics.get("commit", ""),  # older runs don't tell
-        "data": metrics["data"]["fingerprint"],
+        "commit": metrics["commit"], "data": metrics["data"]["fingerprint"],
     }
 
 
-def common(settings, metrics):
+def trial_row(name, finished, images, device):
+    """A line of tuning.csv, a dict, for a run by `utils.train --validate` on an `ImageData`.
+
+    Raises InputError for a run that was tested on the test images themselves: they choose nothing.
+    """
+    held_out = data.hold_out(images)
+    if not trained_on(held_out, finished):
+        raise InputError(
+            f"{finished.out} holds no run on {images.name} that was made with --validate; train one"
+        )
+    _, flipped = evaluate_again(finished, held_out, device)
+    metrics = finished.metrics
+    return shared_columns(finished.recipe.replace(name=name), metrics) | {
+        "data": images.name,
+        "validation_acc": metrics["last_epoch"]["test_acc"],
+        "validation_acc_flip": flipped.accuracy, "commit": metrics["commit"],
+    }
+
+
+def shared_columns(settings, metrics):
     """What runs.csv and tuning.csv tell alike of a run, a dict.
 
     `changed`: what its recipe has otherwise than the one of its name: "cutout=0; dirac=True".
@@ -176,23 +211,6 @@ def common(settings, metrics):
         "seed": metrics["seed"], "epochs": settings.epochs,
         "train_acc": metrics["last_epoch"]["train_acc"], "seconds": metrics["training_seconds"],
         "device": metrics["device"], "precision": metrics["precision"],
-    }
-
-
-def trial(name, out, images, device):
-    """A line of tuning.csv, a dict, for a run by `utils.train --validate`.
-
-    `images`: the `ImageData` with the images that judge it as test images. Raises InputError for a
-    run that was tested on the test images themselves: they choose nothing.
-    """
-    settings, metrics = recipe_of(out)
-    if not metrics["data"]["name"].endswith(data.HELD_OUT):
-        raise InputError(f"{out} was tested on the test images; train it with --validate")
-    _, flipped = evaluated(metrics, out, images, device)
-    return common(settings.replace(name=name), metrics) | {
-        "data": metrics["data"]["name"].removesuffix(data.HELD_OUT),
-        "validation_acc": metrics["last_epoch"]["test_acc"],
-        "validation_acc_flip": flipped.accuracy, "commit": metrics.get("commit", ""),
     }
 
 
