@@ -136,6 +136,38 @@ def test_pictures_are_classified(out, tmp_path, capsys):
     assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.02
 
 
+@pytest.mark.parametrize("resize", [[], ["--resize", "12"]], ids=["one size", "resized"])
+def test_the_answers_for_test_pictures_are_those_of_the_test(
+    resize, tmp_path, capsys, no_figures
+):
+    """Of a size that is not 32×32, or of several."""
+    folder = write_folder(tmp_path / "colours", train=4, test=3, side=20)
+    paths = sorted((folder / "test").rglob("*.png"))
+    if resize:
+        for i, path in enumerate(folder.rglob("*.png")):
+            with Image.open(path) as picture:
+                picture.resize((14 + i, 40 - i)).save(path)
+    train.main([
+        "s10", "--data", str(folder), "--epochs", "1", "--batch-size", "12", "--cutout", "2",
+        "--out", str(tmp_path / "out"), *resize, *ON_CPU,
+    ])
+    weights = tmp_path / "out" / "weights.safetensors"
+    side = 12 if resize else 20
+    images, model = data.load(str(folder), resize=side), load_weights(weights)
+    plain = explain.predictions(model, images)
+    assert plain.accuracy == read_history(tmp_path / "out")[-1]["test_acc"]
+
+    capsys.readouterr()
+    evaluate.main([*map(str, paths), "--weights", str(weights), *ON_CPU])
+    weights_line, pictures_line, answers = capsys.readouterr().out.split("\n", 2)
+    assert pictures_line == f"pictures the middle of each, resized to {side}×{side} pixels"
+    expected = evaluate.likeliest(paths, plain.logits.softmax(1), plain.classes)
+    assert answers == f"{expected}\n"
+
+    evaluate.main(["--weights", str(weights), "--data", str(folder), *ON_CPU])
+    assert f"test accuracy       {plain.accuracy:6.2f} %  of 9 images" in capsys.readouterr().out
+
+
 def test_likeliest_classes_as_text():
     shares = torch.tensor([[0.0, 0.3, 0.5, 0.2], [0.9, 0.1, 0.0, 0.0]])
     text = evaluate.likeliest(["a.png", "b.png"], shares, ("cat", "dog", "automobile", "ship"), 2)

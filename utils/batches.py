@@ -32,17 +32,16 @@ def training_batches(recipe, images, *, seed=0, device, rank=0, processes=1, wor
     """
     batch_size, rest = divmod(recipe.batch_size, processes)
     if rest or batch_size < 2:
-        how = "evenly" if rest else "by two images each, which BatchNorm needs"
         raise InputError(
-            f"{processes} processes can't share a batch of {recipe.batch_size} {how}; choose a "
-            f"--batch-size from {2 * processes} on that is a multiple of {processes}"
+            f"{processes} processes can't share a batch of {recipe.batch_size} evenly, by at least "
+            f"two images each; choose a --batch-size that is a larger multiple of {processes}"
         )
     pixels, labels = images.train_images, images.train_labels
     order = EpochOrder(len(labels), seed=seed, rank=rank, processes=processes)
     if recipe.sizes and images.size != (recipe.sizes[-1],) * 2:
         raise InputError(
-            f"sizes end with {recipe.sizes[-1]}, but the network is tested on {images}; give "
-            f"--sizes that end with the side of the pictures, or --resize {recipe.sizes[-1]}"
+            f"sizes {recipe.sizes} must end with the size of the test images, {images.size}; "
+            f"give other --sizes, or --resize {recipe.sizes[-1]}"
         )
     smallest = min(recipe.sizes or images.size)
     if len(order) % batch_size == 1 and smallest < 16:  # an eighth of the side is left at the end

@@ -112,8 +112,7 @@ class Normalization:
     def __call__(self, images):
         # copied to another device once: a copy in each step would wait for it
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        images = images.to(torch.float32, copy=True)  # else a float input would be changed
-        return images.div_(255).sub_(self.mean).div_(self.std)
+        return (images / 255).sub_(self.mean).div_(self.std)
 
     def inverse(self, images):
         """Normalised float images to float images in 0..1, for pictures."""
@@ -174,87 +173,74 @@ def image_folder(path, *, train=True, size=None):
     there are no training images. What is hidden, or has no ending of a picture, is left out, and
     said. Raises InputError where something is missing or broken.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"no folder {path}; give --data cifar10, sample or an existing folder")
-    left_out = []
-    listings = {split: _pictures_by_class(path / split, left_out) for split in ("train", "test")}
-    classes, others = (tuple(sorted(listing)) for listing in listings.values())
+    path, left_out = Path(path), []
+    try:
+        splits = {split: _pictures_by_class(path / split, left_out) for split in ("train", "test")}
+    except OSError as error:
+        raise InputError(
+            f"can't read {error.filename} ({error.strerror}); give --data cifar10, sample, or a "
+            "folder with train/<class>/* and test/<class>/*"
+        ) from error
+    classes, others = (tuple(sorted(pictures)) for pictures in splits.values())
     if classes != others or len(classes) < 2:
         raise InputError(
             f"{path}: train/ and test/ must hold the same classes, at least two; train/ has "
             f"{', '.join(classes)}; test/ has {', '.join(others)}"
         )
     if left_out:
-        some = ", ".join(other.relative_to(path).as_posix() for other in left_out[:3])
-        print(f"left out {some} ({len(left_out)} in all): hidden, or not named as pictures")
-    first = listings["train"][classes[0]][0]
-    shape = (3, *size) if size else read_picture(first).shape
+        print(f"left out {len(left_out)}: hidden, or not named as pictures, like", *left_out[:3])
+    shape = read_picture(splits["train"][classes[0]][0], size).shape
     if not train:
-        listings["train"] = dict.fromkeys(classes, [])
+        splits["train"] = dict.fromkeys(classes, [])
     tensors = []
-    for split, listing in listings.items():
-        names = [name for each in classes for name in listing[each]]
-        counts = torch.tensor([len(listing[each]) for each in classes])
-        tensors.append(_read_pictures(names, shape, size, split))
-        tensors.append(torch.arange(len(classes)).repeat_interleave(counts))
+    for split, pictures in splits.items():
+        names = [name for each in classes for name in pictures[each]]
+        counts = torch.tensor([len(pictures[each]) for each in classes])
+        tensors += [
+            _read_pictures(names, size, shape, split),
+            torch.arange(len(classes)).repeat_interleave(counts),
+        ]
     return ImageData(f"the folder {path.resolve().name}", classes, *tensors)
 
 
 def _pictures_by_class(folder, left_out):
     """{class: paths of its pictures} in order; other paths are added to the list `left_out`."""
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}; it must hold a folder of pictures for each class")
-    formats = Image.registered_extensions()
+    endings = Image.registered_extensions()
     found = {}
     for place in sorted(folder.iterdir(), key=str):
         if place.name.startswith(".") or not place.is_dir():
             left_out.append(place)
             continue
-        # an accented letter has two forms, and other systems may have written the other
+        # an accented letter has two forms, and another system may have written the other one
         pictures = found.setdefault(unicodedata.normalize("NFC", place.name), [])
         for path in sorted(place.iterdir(), key=str):
-            if path.name.startswith("."):
-                left_out.append(path)
-            elif formats.get(path.suffix.lower()) in Image.OPEN:
+            if path.suffix.lower() in endings and not path.name.startswith("."):
                 pictures.append(path)
-            elif path.is_dir():
-                raise InputError(
-                    f"{path} is a folder inside a class; put pictures into "
-                    f"{folder.name}/<class>/ itself, and what is none elsewhere"
-                )
             else:
                 left_out.append(path)
         if not pictures:
-            raise InputError(f"{place} holds no pictures; fill it or delete it")
+            raise InputError(f"{place} holds no pictures itself; put them there, or delete it")
     return found
 
 
-def _read_pictures(names, shape, size, split):
+def _read_pictures(names, size, shape, split):
     """uint8 (N, 3, H, W). Threads help: decoding does not hold Python's lock."""
     try:
         images = np.empty((len(names), *shape), dtype=np.uint8)
     except MemoryError as error:
-        size = f"{shape[2]}×{shape[1]}"
-        raise InputError(
-            f"{len(names):,} pictures of {size} pixels don't fit into memory; {RESIZE}"
-        ) from error
-    with ThreadPoolExecutor() as pool:  # after a bad picture the others are not read
-        pictures = pool.map(partial(_picture_of_shape, shape, size), names)
+        raise InputError(f"{len(names):,} pictures don't fit into memory; {RESIZE}") from error
+    with ThreadPoolExecutor() as pool:
+        pictures = pool.map(partial(read_picture, size=size), names)
         bar = progress_bar(pictures, total=len(names), desc=f"reading {split} pictures")
         for i, picture in enumerate(bar):
+            if picture.shape != shape:
+                pool.shutdown(cancel_futures=True)  # the others are not read
+                raise InputError(
+                    f"{names[i]} has {picture.shape[2]}×{picture.shape[1]} pixels, the first "
+                    f"picture {shape[2]}×{shape[1]}; {RESIZE}"
+                )
             images[i] = picture
     return torch.from_numpy(images)
-
-
-def _picture_of_shape(shape, size, name):
-    picture = read_picture(name, size)
-    if picture.shape != shape:
-        raise InputError(
-            f"{name} has {picture.shape[2]}×{picture.shape[1]} pixels, the first picture "
-            f"{shape[2]}×{shape[1]}; {RESIZE}"
-        )
-    return picture
 
 
 def read_picture(path, size=None):
@@ -273,9 +259,8 @@ def read_picture(path, size=None):
     except FileNotFoundError as error:
         raise InputError(f"no picture {path}; name one that exists") from error
     except Exception as error:  # a damaged file raises a dozen kinds, from OSError to RuntimeError
-        reason = type(error).__name__
         raise InputError(
-            f"the picture {path} can't be read ({reason}); replace or delete it"
+            f"the picture {path} can't be read ({type(error).__name__}); replace or delete it"
         ) from error
 
 
@@ -285,7 +270,7 @@ def _prepared(picture, size):
     picture.getexif()  # keeps what it reads
     picture.info.pop("exif", None)  # would be written anew, which odd values forbid
     ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+    if picture.mode.startswith(("I", "F")):  # I;16 among them
         picture = _eight_bits(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -299,8 +284,7 @@ def _eight_bits(picture):
     highest = 1 if picture.mode == "F" else 65535
     if not 0 <= values.min() <= values.max() <= highest:
         raise InputError(
-            f"the values of {picture.filename} go from {values.min():g} to {values.max():g}, not "
-            f"from 0 to {highest}; save it with 8 bits a channel"
+            f"{picture.filename} has values beyond 0 to {highest}; save it with 8 bits a channel"
         )
     return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
 
@@ -308,12 +292,13 @@ def _eight_bits(picture):
 def halve(data):
     """The data at half the sides, each pixel the mean of four: a quarter of the work."""
     def smaller(images):
-        return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
+        return images if images is None else F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
 
-    images = {f"{split}_images": getattr(data, f"{split}_images")
-              for split in ("train", "test", "validation")}
-    halved = {name: smaller(pixels) for name, pixels in images.items() if pixels is not None}
-    return replace(data, name=f"{data.name} at half its size", **halved)
+    return replace(
+        data, name=f"{data.name} at half its size",
+        train_images=smaller(data.train_images), test_images=smaller(data.test_images),
+        validation_images=smaller(data.validation_images),
+    )
 
 
 def validation_split(labels, *, fraction=0.1, seed=0):

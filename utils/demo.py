@@ -67,7 +67,8 @@ def main(arguments=None):
 def recorded(model, path, source):
     """`Results` of `path`; without such a file those of the data's test images, now kept there."""
     if not path.exists():
-        save_predictions(explain.predictions(model, data.load(source, train=False)), path)
+        images = data.load(source, train=False, resize=model.size)
+        save_predictions(explain.predictions(model, images), path)
     return read_predictions(path)
 
 
@@ -76,7 +77,7 @@ def test_images(model, results, source):
 
     Raises InputError where the data are others, by their labels and ten predictions.
     """
-    images = data.load(source, train=False)
+    images = data.load(source, train=False, resize=model.size)
     images.check_classes(model.classes)
     labels, order = images.test_labels.sort(stable=True)
     pictures, some = images.test_images[order], slice(None, None, max(1, len(order) // 10))
@@ -167,7 +168,7 @@ def page(weights, source, *, nearest=True):
 
     @functools.cache
     def trained():
-        images = data.load(source)
+        images = data.load(source, resize=other.size)
         return images, explain.embeddings(other, images.train_images)
 
     @functools.cache

@@ -33,8 +33,7 @@ def begin(name):
     """
     devices.prepare()
     source = os.environ.get("COURSE_DATA", "cifar10")
-    resize = int(os.environ.get("COURSE_RESIZE", 0)) or None
-    images = data.load(source, resize=resize)
+    images = data.load(source, resize=int(os.environ.get("COURSE_RESIZE", 0)) or None)
     device = devices.pick_device()
     settings, dtype = recipe(name), devices.amp_dtype(device)
     if source == "sample":
