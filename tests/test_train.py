@@ -210,7 +210,7 @@ def test_a_refusal_is_one_line_and_a_status(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["train", "s10", "--data", "x"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("utils.train", run_name="__main__")
-    assert caught.value.code.startswith("error: no folder x; ") and "\n" not in caught.value.code
+    assert caught.value.code.startswith("error: can't read x") and "\n" not in caught.value.code
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
 
