@@ -55,12 +55,14 @@ def main(arguments=None):
 
 def likeliest(names, probabilities, classes, count=3):
     """The `count` likeliest classes of each picture, with their probabilities (N, C), as text."""
-    best, places = probabilities.topk(min(count, len(classes)))
     width = max(map(len, classes))
-    return "\n".join(
-        f"\n{name}\n" + "\n".join(f"  {classes[i]:{width}} {share:7.2%}" for share, i in row)
-        for name, row in zip(names, map(zip, best.tolist(), places.tolist()), strict=True)
-    )
+    lines = []
+    for name, shares in zip(names, probabilities, strict=True):
+        lines.append(f"\n{name}")
+        best, places = shares.topk(min(count, len(classes)))
+        for share, place in zip(best, places, strict=True):
+            lines.append(f"  {classes[place]:{width}} {share:7.2%}")
+    return "\n".join(lines)
 
 
 def report(plain, flipped):

@@ -10,7 +10,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
@@ -21,9 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from PIL import Image
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 from utils import InputError, files, training
 from utils.batches import evaluation_batches, training_batches
@@ -309,11 +306,3 @@ def read_log(out):
     paths = Path(out, "csv").glob("version_*/metrics.csv")
     paths = sorted(paths, key=lambda path: int(path.parent.name.removeprefix("version_")))
     return pd.concat([pd.read_csv(path) for path in paths]).groupby("step").last()
-
-
-def log_pictures(out, pictures, *, step):
-    """Adds the PNG files `pictures` to the TensorBoard log of the run in the folder `out`."""
-    with SummaryWriter(Path(out) / "tensorboard") as writer:
-        for path in pictures:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-            writer.add_image(path.stem, pixels, step, dataformats="HWC")

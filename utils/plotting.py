@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from matplotlib import font_manager
 from matplotlib.colors import PowerNorm
-from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 from torch.nn import functional as F
@@ -112,10 +111,10 @@ def image_grid(images, titles, *, columns=10):
     """Shows pictures row by row, each below its title. Returns the axes (rows, columns)."""
     pixels = _pixels(images)
     columns = min(columns, len(pixels))
-    lines = [title.split("\n") for title in titles]
-    widest, deepest = max(len(line) for each in lines for line in each), max(map(len, lines))
+    widest = max(len(line) for title in titles for line in title.split("\n"))
+    lines = 1 + max(title.count("\n") for title in titles)
     # A character of 9 points is about 0.08 inches wide, a line 0.16 inches high.
-    cell = max(1.0, 0.08 * widest), 1.05 + 0.16 * deepest
+    cell = max(1.0, 0.08 * widest), 1.05 + 0.16 * lines
     titles = [as_text(title) for title in titles]
     axes = _grid(math.ceil(len(pixels) / columns), columns, cell)
     for ax, picture, title in zip_longest(axes.flat, pixels, titles):
@@ -217,7 +216,8 @@ def lr_finder_curve(lrs, losses, *, raw_losses, suggestion, min_lr, max_lr, ax=N
 def lr_schedule(lrs, *, steps_per_epoch, ax=None):
     """Plots the learning rate of each optimizer step over epochs and names start, peak and end."""
     lrs = np.asarray(lrs)
-    epochs, last, peak = np.arange(len(lrs)) / steps_per_epoch, len(lrs) - 1, lrs.argmax()
+    epochs = np.arange(len(lrs)) / steps_per_epoch
+    peak = lrs.argmax()
 
     ax = _single(ax, (6.0, 3.4))
     ax.plot(epochs, lrs, color=BLUE, linestyle="-", label="planned")
@@ -227,7 +227,7 @@ def lr_schedule(lrs, *, steps_per_epoch, ax=None):
     for step, text, side, above in (
         (0, f"start {lrs[0]:.3g}", "left", False),
         (peak, f"peak {lrs[peak]:.3g} at epoch {epochs[peak]:.1f}", "center", True),
-        (last, f"end {lrs[last]:.3g}", "right", False),
+        (-1, f"end {lrs[-1]:.3g}", "right", False),
     ):
         ax.plot(epochs[step], lrs[step], color=VERMILION, marker="o")
         ax.annotate(
@@ -429,32 +429,31 @@ def network(model, *, size=32, ax=None):
     so they collide in axes much smaller than a new figure's, an inch for a box.
     """
     stages = _stages(model, size)
-    _, operations, parameters, shapes = zip(*stages, strict=True)
-    floor = -1.3 - 0.14 * max(map(len, operations))
-    left, right, top = -0.55, len(stages) - 0.45, 1.55
-    ax = _single(ax, (right - left, top - floor + 0.5))
-    ax.set(xlim=(left, right), ylim=(floor - 0.15, top), aspect="equal")
+    floor = -1.3 - 0.14 * max(len(operations) for _, operations, _, _ in stages)
+    widest = max(shape[0] for *_, shape in stages)
+    total = sum(parameters for _, _, parameters, _ in stages)
+    ax = _single(ax, (len(stages) + 0.1, 2.05 - floor))
+    ax.set(xlim=(-0.55, len(stages) - 0.45), ylim=(floor - 0.15, 1.55), aspect="equal")
     ax.set_axis_off()
-    ax.set_title(f"{type(model).__name__}: {sum(parameters):,} parameters", fontsize=11)
+    ax.set_title(f"{type(model).__name__}: {total:,} parameters", fontsize=11)
 
     def arrow(start, end, **style):
         style = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0, **style}
         ax.annotate("", (end, 0), (start, 0), arrowprops=style)
 
     small = {"ha": "center", "va": "top", "fontsize": 8}
-    end, radius = 0, 7  # of the signal so far; of a sum's circle, in points
+    radius = 7  # of a sum's circle, in points
+    end = 0  # of the signal so far
     for x, (name, operations, parameters, shape) in enumerate(stages):
         height = 2 * math.sqrt(max(shape[1:], default=1) / size)
-        width = max(0.6 * math.sqrt(shape[0] / max(shape[0] for shape in shapes)), 0.08)
+        width = max(0.6 * math.sqrt(shape[0] / widest), 0.08)
         skipped = name.split("\n")[-1].startswith("res")
-        colour = ORANGE if skipped else SKY if shape[1:] else GREEN
+        colour = ORANGE if skipped else SKY
         if x:
             arrow(end, x - width / 2)
         end = x + width / 2
-        ax.add_patch(FancyBboxPatch(
-            (x - width / 2, -height / 2), width, height, edgecolor="black", linewidth=0.8,
-            facecolor=colour if parameters else "#C8C8C8", boxstyle="round,pad=0,rounding_size=.03",
-        ))
+        ax.bar(x, height, width, -height / 2, color=colour if parameters else "#C8C8C8",
+               edgecolor="black", linewidth=0.8)
         ax.text(x, 1.35, name, ha="center", va="center", fontsize=9.5, fontweight="bold")
         ax.text(x, height / 2 + 0.2, "×".join(map(str, shape)), **small)
         ax.text(x, -1.12, "\n".join(operations), **small)

@@ -211,10 +211,6 @@ def run(recipe, images, options, out):
     if not (out / "metrics.json").exists():  # else nothing was trained just now
         files.save_text(json.dumps(metrics, indent=2) + "\n", out / "metrics.json")
     figures = save_figures(out, recipe, images, results, history)
-    if recipe.loop == "lightning":
-        from utils import lightning_loop
-
-        lightning_loop.log_pictures(out, figures, step=recipe.epochs)
     elapsed = timedelta(seconds=round(time.perf_counter() - start))
     print(
         f"\ntest accuracy {last['test_acc']:.2f} %, train accuracy {last['train_acc']:.2f} % at "
