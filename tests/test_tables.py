@@ -16,8 +16,8 @@ def write_runs(folder, *runs):
 def test_results(tmp_path):
     """In the order of recipes.csv; the spread is that of a sample; below what has no run."""
     (tmp_path / "recipes.csv").write_text(
-        "folder,what,source\ns10,first,a.b/c\ns10/other,\"x, y\",\ns10_cpu,,\ns12,last,d\n"
-        "resnet9,none,e\n"
+        "folder,what,source\ns10,first,a.b/c\ns10/other,\"x, y\",\ns10_cpu,small,\ns12,last,d\n"
+        "resnet9,other,e\n"
     )
     write_runs(tmp_path, {**RUN, "recipe": "s12", "epochs": 5, "seconds": 3000})
     write_runs(tmp_path, RUN, {**RUN, "test_acc": 94, "train_acc": 98.6, "seconds": 102,
@@ -33,14 +33,16 @@ def test_results(tmp_path):
         "| `s12` | last | [source](d) | 93.00 (n&nbsp;=&nbsp;1) | 93.50 | 98.50 | 5 "
         "| 50.0 min, A, float32 |",
     ]
-    sentence = (
-        "Recipes without a full run here, and their sources' claims: `python -m utils.train "
-        "s10_cpu` (–), `python -m utils.train resnet9` ([–&nbsp;/&nbsp;90.71](e))."
-    )
-    assert tables.results(tmp_path).splitlines() == [*rows, "", sentence]
+    without_run = [
+        "| without a full run here | what | claim |",
+        "| --- | --- | --- |",
+        "| `python -m utils.train s10_cpu` | small | – |",
+        "| `python -m utils.train resnet9` | other | [–&nbsp;/&nbsp;90.71](e) |",
+    ]
+    assert tables.results(tmp_path).splitlines() == [*rows, "", *without_run]
     for name in ("s10_cpu", "resnet9"):
         write_runs(tmp_path, {**RUN, "recipe": name})
-    assert sentence[:7] not in tables.results(tmp_path)
+    assert without_run[0] not in tables.results(tmp_path)
 
 
 def test_tuning(tmp_path):

@@ -38,9 +38,11 @@ def results(folder=IMAGES):
             change, *cells = measured(files.read_table(path))
             rows.append([f"`{name}` {change}".strip(), what, claim, *cells])
         else:
-            without_run.append(f"`python -m utils.train {name}` ({claim})")
-    intro = "\nRecipes without a full run here, and their sources' claims: "
-    return markdown(head, rows) + (f"{intro}{', '.join(without_run)}.\n" if without_run else "")
+            without_run.append([f"`python -m utils.train {name}`", what, claim])
+    table = markdown(head, rows)
+    if without_run:
+        table += "\n" + markdown(["without a full run here", "what", "claim"], without_run)
+    return table
 
 
 def measured(runs):
