@@ -18,6 +18,7 @@ from utils.models import (
     build,
     dirac_init,
     load_weights,
+    pretrained,
     whiten,
 )
 from utils.recipes import Recipe, recipe
@@ -294,9 +295,9 @@ def test_weights_that_come_with_the_repository(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "IMAGES", tmp_path)
     (tmp_path / "s12").mkdir()
     weights[0].rename(tmp_path / "s12" / "weights.safetensors")
-    assert CustomResNet.from_pretrained("s12").metadata == METADATA
+    assert pretrained("s12").metadata == METADATA
     with pytest.raises(InputError, match="^no trained weights of 's10' .*, only: s12$"):
-        CustomResNet.from_pretrained()
+        pretrained()
 
 
 def test_what_the_linear_layer_sees(model):

@@ -16,7 +16,7 @@ def _conv(channels_in, channels_out, *, pool=False):
     return nn.Sequential(*layers, nn.BatchNorm2d(channels_out), nn.ReLU())
 
 
-def _conv_then_pool(channels_in, channels_out, *, pool=False):
+def _conv_with_bias(channels_in, channels_out, *, pool=False):
     """Convolution 3×3 with bias, BatchNorm, ReLU, and at last max-pool 2×2 if `pool`."""
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
     pools = [nn.MaxPool2d(2)] if pool else []
@@ -44,18 +44,6 @@ class _Classifier(nn.Module):
     Of images below 32×32 the last pool takes all that is left; larger ones are averaged over the
     places that are left after it. Raises InputError below 8×8.
     """
-
-    @classmethod
-    def from_pretrained(cls, name="s10"):
-        """The trained network of the recipe `name` that comes with the repository.
-
-        As `load_weights` gives it. Raises InputError, with the names there are, for another.
-        """
-        folders = {path.parent.name: path for path in files.IMAGES.glob("*/weights.safetensors")}
-        if name not in folders:
-            there = ", ".join(sorted(folders)) or "none"
-            raise InputError(f"no trained weights of {name!r} come with this copy, only: {there}")
-        return load_weights(folders[name])
 
     def embed(self, x):
         """Images (N, 3, H, W) to what the linear layer sees, (N, 512) at full width."""
@@ -104,12 +92,12 @@ class ResNet9(_Classifier):
     def __init__(self, num_classes=10, *, fc_bias=True, width=64):
         super().__init__()
         two, four, eight = 2 * width, 4 * width, 8 * width
-        self.conv1 = _conv_then_pool(3, width)
-        self.conv2 = _conv_then_pool(width, two, pool=True)
-        self.res1 = nn.Sequential(_conv_then_pool(two, two), _conv_then_pool(two, two))
-        self.conv3 = _conv_then_pool(two, four, pool=True)
-        self.conv4 = _conv_then_pool(four, eight, pool=True)
-        self.res2 = nn.Sequential(_conv_then_pool(eight, eight), _conv_then_pool(eight, eight))
+        self.conv1 = _conv_with_bias(3, width)
+        self.conv2 = _conv_with_bias(width, two, pool=True)
+        self.res1 = nn.Sequential(_conv_with_bias(two, two), _conv_with_bias(two, two))
+        self.conv3 = _conv_with_bias(two, four, pool=True)
+        self.conv4 = _conv_with_bias(four, eight, pool=True)
+        self.res2 = nn.Sequential(_conv_with_bias(eight, eight), _conv_with_bias(eight, eight))
         self.pool = nn.MaxPool2d(4, ceil_mode=True)
         self.fc = nn.Linear(eight, num_classes, bias=fc_bias)
 
@@ -164,6 +152,18 @@ def load_weights(path):
     model.classes, model.mean, model.std, model.metadata = classes, mean, std, metadata
     model.size = height, width
     return model.to(memory_format=torch.channels_last).eval()
+
+
+def pretrained(name="s10"):
+    """The trained network of the recipe `name` that comes with the repository.
+
+    As `load_weights` gives it. Raises InputError, with the names there are, for another.
+    """
+    folders = {path.parent.name: path for path in files.IMAGES.glob("*/weights.safetensors")}
+    if name not in folders:
+        there = ", ".join(sorted(folders)) or "none"
+        raise InputError(f"no trained weights of {name!r} come with this copy, only: {there}")
+    return load_weights(folders[name])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A recipe on an `ImageData` into a folder: what every command calls."""
+"""A training run: a recipe on an `ImageData`, into a folder."""
 
 import functools
 import itertools
