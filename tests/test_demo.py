@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -26,13 +27,13 @@ from conftest import Small
 from utils import InputError, data, demo, explain, files, run
 from utils.models import load_weights
 from utils.recipes import recipe
-from utils.results import Results, read_predictions
+from utils.results import Results, save_predictions
 
 gradio = pytest.importorskip("gradio", reason="the page needs Gradio: pip install gradio")
 gradio_client = pytest.importorskip("gradio_client")  # comes with it
 
 ROOT = Path(__file__).parents[1]
-CLIENTS, QUESTIONS = 20, 10
+CLIENTS, QUESTIONS = 8, 6
 PATIENT = {"timeout": 120}  # seconds, for machines that do other work as well
 NOT_SEEN = {  # what is uploaded, and what the page says
     "text.png": "text.png can't be read",
@@ -67,6 +68,11 @@ def with_statistics(model):
 @pytest.fixture(scope="module")
 def model(weights):
     return load_weights(weights)
+
+
+@pytest.fixture(scope="module")
+def network(weights):
+    return demo.Network(weights, "sample")
 
 
 @pytest.fixture(scope="module")
@@ -132,25 +138,30 @@ def expected_shares(model, path, count):
 # What is computed
 
 
-def test_the_answer_is_that_of_the_network(model, pictures):
+def pixels(picture):
+    """Of a PIL image, as a tensor (H, W, 3)."""
+    return torch.from_numpy(np.array(picture))
+
+
+def test_the_answer_is_that_of_the_network(network, pictures):
     images = seen(pictures / "large.jpg")
-    picture, shares = demo.answer(model, images, count=4)
-    assert shares == pytest.approx(expected_shares(model, pictures / "large.jpg", 4))
-    assert torch.equal(torch.from_numpy(picture[3::8, 5::8]), images[0].permute(1, 2, 0))
-    assert picture.shape[0] == 256
+    picture, shares = network.answer(images, count=4)
+    assert shares == pytest.approx(expected_shares(network.model, pictures / "large.jpg", 4))
+    assert torch.equal(pixels(picture)[3::8, 5::8], images[0].permute(1, 2, 0))
+    assert picture.size == (256, 256)
 
 
-def test_grad_cam_is_that_of_the_class_and_layer(model, pictures):
+def test_grad_cam_is_that_of_the_class_and_layer(network, pictures):
     """Without opacity it is not seen."""
-    images = seen(pictures / "4.png")
-    plain, _ = demo.answer(model, images, layer="prep", opacity=0)
-    assert (plain == demo.answer(model, images)[0]).all()
+    model, images = network.model, seen(pictures / "4.png")
+    plain = pixels(network.answer(images, layer="prep", opacity=0)[0])
+    assert torch.equal(plain, pixels(network.answer(images)[0]))
     for name, of in (("star", 5), ("", int(explain.probabilities(model, images).argmax()))):
         maps = explain.grad_cam(model, images, torch.tensor([of]), layer="prep")
-        large = torch.from_numpy(plain).permute(2, 0, 1)[None]
+        large = plain.permute(2, 0, 1)[None]
         expected = demo.plotting.heat(large, maps, opacity=0.7)[0].permute(1, 2, 0)
-        found, _ = demo.answer(model, images, layer="prep", name=name, opacity=0.7)
-        assert torch.equal(torch.from_numpy(found), expected)
+        found, _ = network.answer(images, layer="prep", name=name, opacity=0.7)
+        assert torch.equal(pixels(found), expected)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.tuples(*[st.integers(-9, 9)] * 3)), max_size=20),
@@ -178,40 +189,86 @@ def test_captions_name_both_classes_and_their_probabilities():
     ]
 
 
-def test_the_nearest_training_images_of_one_are_itself_first(model):
+def test_the_nearest_training_images_of_one_are_itself_first(network):
     images = data.load("sample")
-    features = explain.embeddings(model, images.train_images)
-    asked = images.train_images[13:14]
-    (picture, name), *others = demo.resembling(model, asked, images, features)
+    (picture, name), *others = network.nearest(images.train_images[13:14])
     assert name == "triangle" and len(others) == 2
-    assert (picture[::8, ::8] == images.train_images[13].permute(1, 2, 0).numpy()).all()
+    assert torch.equal(pixels(picture)[::8, ::8], images.train_images[13].permute(1, 2, 0))
 
 
-def test_images_fit_the_record_in_whatever_order_they_come(model, weights, monkeypatch):
+def test_the_results_are_of_the_data_as_they_are_now(weights, tmp_path, monkeypatch):
+    """Nothing is kept beside the weights, where nothing can be written perhaps."""
+    before = sorted(weights.parent.iterdir())
     images = data.load("sample")
-    results = demo.recorded(model, weights.with_name("kept.safetensors"), "sample")
-    expected = demo.test_images(model, results, "sample")
-    order = images.test_labels.argsort(stable=True, descending=True)
-    shuffled = replace(
-        images, test_images=images.test_images[order], test_labels=images.test_labels[order]
-    )
-    monkeypatch.setattr(data, "load", lambda *_, **__: shuffled)
-    assert torch.equal(demo.test_images(model, results, "sample"), expected)
-    other = replace(images, test_images=255 - images.test_images)
-    monkeypatch.setattr(data, "load", lambda *_, **__: other)
-    with pytest.raises(InputError, match="^the recorded predictions are not of .*--data$"):
-        demo.test_images(model, results, "sample")
+    for count in (400, 399):
+        now = replace(images, test_images=images.test_images[:count],
+                      test_labels=images.test_labels[:count])
+        monkeypatch.setattr(data, "load", lambda *_, now=now, **__: now)
+        network = demo.Network(weights, "a folder")
+        plain, _ = explain.plain_and_flipped(network.model, now)
+        assert len(network.results.labels) == count
+        assert network.results.accuracy == plain.accuracy
+        order = now.test_labels.argsort(stable=True)
+        assert torch.equal(network.images(torch.arange(count)), now.test_images[order])
+    assert sorted(weights.parent.iterdir()) == before
 
 
-def test_predictions_are_made_once_and_kept(model, weights, monkeypatch):
-    path = weights.with_name("made.safetensors")
-    made = demo.recorded(model, path, "sample")
-    plain, _ = explain.plain_and_flipped(model, data.load("sample"))
-    order = plain.labels.argsort(stable=True)
-    torch.testing.assert_close(made.logits, plain.logits[order], rtol=1e-3, atol=1e-4)
-    assert torch.equal(made.labels, plain.labels[order]) and made.classes == plain.classes
-    monkeypatch.setattr(data, "load", None)
-    assert torch.equal(demo.recorded(model, path, "sample").logits, made.logits)
+def test_recorded_results_are_those_of_cifar10_and_of_no_other_data(
+    network, weights, tmp_path, monkeypatch
+):
+    path, made = tmp_path / "s10" / "weights.safetensors", network.results
+    wrong = replace(made, logits=made.logits.flip(0))
+    save_predictions(wrong, path.with_name("predictions.safetensors"))
+    path.write_bytes(weights.read_bytes())
+    monkeypatch.setattr(data, "load", lambda *_, **__: network.test_data)
+
+    def results(source):
+        return demo.Network(path, source).results
+
+    assert torch.equal(results("cifar10").logits, made.logits)  # of no recorded run of ours
+    monkeypatch.setattr(files, "IMAGES", tmp_path)
+    assert torch.equal(results("a folder").logits, made.logits)
+    assert torch.equal(results("cifar10").logits, wrong.logits.half().float())
+    with pytest.raises(InputError, match="^the recorded predictions are not of the built-in"):
+        demo.Network(path, "cifar10").images(torch.tensor([0]))
+
+
+def with_classes(path, names):
+    """Writes the weights of a network of these classes. Returns pictures of as many for it."""
+    torch.manual_seed(0)
+    images = data.load("sample")
+    few = images.test_labels < len(names)
+    several = replace(images, classes=names, test_images=images.test_images[few],
+                      test_labels=images.test_labels[few])
+    about = run.weights_metadata(recipe("s10"), several)
+    files.save_tensors(Small(len(names)).state_dict(), path, about)
+    return several
+
+
+@pytest.mark.parametrize("count", [2, 100])
+def test_a_page_of_any_number_of_classes_answers(count, tmp_path, monkeypatch, pictures):
+    names = tuple(f"class *{i}*" for i in range(count))
+    images = with_classes(tmp_path / "weights.safetensors", names)
+    monkeypatch.setattr(data, "load", lambda *_, **__: images)
+    blocks = demo.page(tmp_path / "weights.safetensors", "a folder")
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        client = gradio_client.Client(address, verbose=False, httpx_kwargs=PATIENT)
+        (endpoint,) = [each for each in client.view_api(return_format="dict")["named_endpoints"]
+                       ["/answer"]["parameters"] if each["label"] == "classes shown"]
+        _, label = client.predict(
+            upload(pictures / "0.png"), endpoint["parameter_default"], "", "", 0.5,
+            api_name="/answer",
+        )
+        assert len(shares_of(label)) == min(count, 3)
+        assert len(client.predict(5, "", "", "", 0.5, api_name="/mistakes")) == 5
+    finally:
+        blocks.close()
+
+
+def test_names_are_no_markdown():
+    assert demo.class_list(("a*b*", "$c$")) == r"a\*b\*, \$c\$"
+    assert demo.class_list([f"c{i}" for i in range(21)]) == "21 classes, from c0 to c20"
 
 
 def test_without_gradio_it_says_what_to_install(weights, monkeypatch):
@@ -223,32 +280,44 @@ def test_without_gradio_it_says_what_to_install(weights, monkeypatch):
 # What is answered
 
 
-def test_answers_over_the_network_are_those_of_the_network(asked, model, pictures):
+def test_answers_over_the_network_are_those_of_the_network(asked, network, model, pictures):
     for name in ("0.png", "large.jpg", "grey.png", "rgba.png"):
         shown, label = asked.predict(upload(pictures / name), 10, "", "", 0.5, api_name="/answer")
         found, expected = shares_of(label), expected_shares(model, pictures / name, 10)
         assert list(found) == list(expected) and found == pytest.approx(expected)
         with Image.open(shown) as picture:
-            expected, _ = demo.answer(model, seen(pictures / name))
+            expected, _ = network.answer(seen(pictures / name))
             assert picture.tobytes() == expected.tobytes()
 
 
 def test_many_clients_at_once_are_answered_rightly(address, model, pictures):
-    expected = [expected_shares(model, pictures / f"{i}.png", 10) for i in range(10)]
+    """About the same two pictures, as when many click the same example."""
+    expected = [expected_shares(model, pictures / f"{i}.png", 10) for i in range(2)]
     layers = ["prep", ""]
 
     def ask(number):
         client, answers = gradio_client.Client(address, verbose=False, httpx_kwargs=PATIENT), []
         for i in range(number, number + QUESTIONS):
             wishes = 10, layers[i % 2], "", 0.5
-            _, label = client.predict(upload(pictures / f"{i % 10}.png"), *wishes,
+            _, label = client.predict(upload(pictures / f"{i % 2}.png"), *wishes,
                                       api_name="/answer")
-            answers.append(shares_of(label) == pytest.approx(expected[i % 10]))
+            answers.append(shares_of(label) == pytest.approx(expected[i % 2]))
         return answers
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         answers = sum(pool.map(ask, range(CLIENTS)), [])
     assert answers == [True] * (CLIENTS * QUESTIONS)
+
+
+def test_no_two_answers_share_a_file(network, tmp_path):
+    """Gradio would write it anew while another client is being sent it."""
+    image = data.load("sample").test_images[:1]
+    found = [network.answer(image)[0], network.answer(image)[0], *network.mistakes(3),
+             *network.mistakes(3), *network.examples(), *network.examples()]
+    pictures = [each[0] if isinstance(each, tuple) else each for each in found]
+    paths = {gradio.processing_utils.save_pil_to_cache(picture, str(tmp_path), format="png")
+             for picture in pictures}
+    assert len(paths) == len(found) == 28
 
 
 @pytest.mark.parametrize("name", NOT_SEEN)
@@ -264,24 +333,19 @@ def test_numbers_of_classes_by_hand_are_refused(asked, pictures, count, words):
         asked.predict(upload(pictures / "0.png"), count, "", "", 0.5, api_name="/answer")
 
 
-def test_mistakes_over_the_network(asked, model, weights):
-    results = read_predictions(weights.with_name("predictions.safetensors"))
-    indices = demo.surest_mistakes(results, 7, "star")
+def test_mistakes_over_the_network(asked, network):
+    expected = network.mistakes(7, "star", "", "prep", 0.5)
     shown = asked.predict(7, "star", "", "prep", 0.5, api_name="/mistakes")
-    assert [each["caption"] for each in shown] == demo.captions(results, indices)
-    images = demo.test_images(model, results, "sample")[indices]
-    expected = demo.shown(model, images, results.predictions[indices], "prep", 0.5)
-    for each, picture in zip(shown, expected, strict=True):
+    assert [each["caption"] for each in shown] == [caption for _, caption in expected]
+    for each, (picture, _) in zip(shown, expected, strict=True):
         with Image.open(each["image"]) as found:
             assert found.tobytes() == picture.tobytes()
     assert asked.predict(7, "star", "star", "prep", 0.5, api_name="/mistakes") == []
 
 
-def test_the_nearest_over_the_network(asked, model, pictures):
-    images = data.load("sample")
-    features = explain.embeddings(model, images.train_images)
+def test_the_nearest_over_the_network(asked, network, pictures):
     found = asked.predict(upload(pictures / "4.png"), api_name="/nearest")
-    expected = demo.resembling(model, seen(pictures / "4.png"), images, features)
+    expected = network.nearest(seen(pictures / "4.png"))
     assert [each["caption"] for each in found] == [name for _, name in expected]
 
 
@@ -339,7 +403,7 @@ def until(fits, seconds=PATIENT["timeout"]):
     raise AssertionError("the page does not show it")
 
 
-def test_a_browser_shows_answers_mistakes_and_results(browser, address, model, weights, pictures):
+def test_a_browser_shows_answers_mistakes_and_results(browser, network, model, pictures):
     def all_of(selector, property):
         script = f"return [...document.querySelectorAll({selector!r})].map(it => it.{property})"
         return browser.execute_script(script)
@@ -377,10 +441,10 @@ def test_a_browser_shows_answers_mistakes_and_results(browser, address, model, w
     type_number("classes shown", 5)
     until(lambda: shows_shares(pictures / "4.png", 5))
     click("[data-testid='prep-radio-label'] input")
-    until(lambda: shows_picture(demo.answer(model, seen(pictures / "4.png"), layer="prep")[0]))
+    until(lambda: shows_picture(network.answer(seen(pictures / "4.png"), layer="prep")[0]))
     type_number("its opacity", 0.9)
     until(lambda: shows_picture(
-        demo.answer(model, seen(pictures / "4.png"), layer="prep", opacity=0.9)[0]
+        network.answer(seen(pictures / "4.png"), layer="prep", opacity=0.9)[0]
     ))
 
     click("[aria-label='Remove Image']")
@@ -389,7 +453,7 @@ def test_a_browser_shows_answers_mistakes_and_results(browser, address, model, w
     until(lambda: any(NOT_SEEN["text.png"] in text for text in
                       all_of("[data-testid=toast-text]", "textContent")))
 
-    results = read_predictions(weights.with_name("predictions.safetensors"))
+    results = network.results
     expected = demo.captions(results, demo.surest_mistakes(results, 10))
     until(lambda: len(all_of("[role=tab]", "isConnected")) >= 3)
     browser.find_element("xpath", "//button[@role='tab'][.='Where it errs']").click()
@@ -435,8 +499,7 @@ def test_the_space_requires_what_it_imports(space):
     libraries -= {"utils", *sys.stdlib_module_names}
     lines = (space / "requirements.txt").read_text(encoding="utf-8").split()
     required = {re.split("[=>]=", line)[0] for line in lines}
-    late = {"gradio", "torchvision"}  # in a function: the page, and CIFAR-10's download
-    assert required == {{"PIL": "pillow"}.get(name, name) for name in libraries} | late
+    assert required == {{"PIL": "pillow"}.get(name, name) for name in libraries} | {"gradio"}
     course = (ROOT / "utils/requirements.txt").read_text(encoding="utf-8").split()
     assert {line for line in lines if not line.startswith("gradio==")} <= set(course)
 
@@ -449,13 +512,17 @@ def test_the_space_says_what_it_is(space):
     assert "tells apart disc, ring, " in card.text and "Of 400 test images" in card.text
 
 
-def test_the_examples_of_the_space_are_one_image_of_each_class(space, model):
-    kept = (space / "examples").iterdir()
-    found = {path.stem: data.read_picture(path, (32, 32)) for path in kept}
-    images = data.load("sample")
-    assert found.keys() == set(images.classes)
-    for i, name in enumerate(images.classes):
-        assert torch.equal(found[name], images.test_images[images.test_labels == i][0])
+def test_the_space_shows_what_the_page_does_without_the_data(space, network, monkeypatch):
+    monkeypatch.setattr(data, "load", None)
+    alone = demo.Network(space / "weights.safetensors")
+    for (picture, name), (expected, expected_name) in zip(
+        alone.examples(), network.examples(), strict=True
+    ):
+        assert name == expected_name and picture.tobytes() == expected.tobytes()
+    count = int((~alone.results.right).sum())
+    wrong = alone.mistakes(count)
+    assert len(wrong) == count and wrong[0][0].tobytes() == network.mistakes(1)[0][0].tobytes()
+    assert demo.page(space / "weights.safetensors")
 
 
 def test_a_folder_that_holds_something_is_not_written_to(space, weights, tmp_path):

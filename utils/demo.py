@@ -5,9 +5,13 @@ uint8 arrays (H, W, 3).
 """
 
 import functools
+import os
+import re
 import shutil
-from dataclasses import dataclass
+import string
+from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from PIL import Image
@@ -16,7 +20,8 @@ from utils import InputError, data, devices, explain, files, plotting
 from utils.models import load_weights
 from utils.results import read_predictions, save_predictions
 
-ZOOM = 8  # a pixel of the network's picture becomes 8×8 on the page
+SIDE = 256  # of the pictures on the page, in pixels: as many whole times their own as fit
+CACHE = 3600, 86_400  # every hour pictures that are older than a day are deleted, in seconds
 
 # As many columns as there is room for, and captions whole.
 STYLE = """
@@ -28,12 +33,12 @@ STYLE = """
 
 # What a Space needs.
 MODULES = "__init__ progress sample data devices files models results explain plotting demo"
-LIBRARIES = "torch torchvision numpy pandas pillow matplotlib safetensors captum tqdm"
+LIBRARIES = "torch numpy pandas pillow matplotlib safetensors captum tqdm"
 APP = """from pathlib import Path
 
 from utils.demo import page
 
-page(Path(__file__).with_name("weights.safetensors"), {source!r}, nearest=False).launch()
+page(Path(__file__).with_name("weights.safetensors")).launch()
 """
 
 
@@ -59,70 +64,144 @@ def main(arguments=None):
     with as_command():
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.demo")
         if args.export:
-            export(args.export, args.weights, args.data)
+            export(Path(os.path.expanduser(args.export)), args.weights, args.data)
         else:
             page(args.weights, args.data).launch(share=args.share)
 
 
-def recorded(model, path, source):
-    """`Results` of `path`; without such a file those of the data's test images, now kept there."""
-    if not path.exists():
-        images = data.load(source, train=False, resize=model.size)
-        save_predictions(explain.predictions(model, images), path)
-    return read_predictions(path)
+class Network:
+    """A trained network, its test images and what it makes of them, each read when it is wanted.
 
-
-def test_images(model, results, source):
-    """The images that the recorded `results` are of, uint8 (N, 3, H, W).
-
-    Raises InputError where the data are others, by their labels and ten predictions.
+    `source`: the data, as `data.load` names them; None: what `export` wrote beside the weights.
     """
-    images = data.load(source, train=False, resize=model.size)
-    images.check_classes(model.classes)
-    labels, order = images.test_labels.sort(stable=True)
-    pictures, some = images.test_images[order], slice(None, None, max(1, len(order) // 10))
-    if torch.equal(labels, results.labels):
-        shares = explain.probabilities(model, pictures[some])
-        if torch.allclose(shares, results.logits[some].softmax(1), atol=0.1):
-            return pictures
-    raise InputError(f"the recorded predictions are not of {images.name}; name their --data")
+
+    def __init__(self, weights, source=None):
+        self.model = load_weights(weights).to(devices.pick_device())
+        self.weights, self.source = weights, source
+
+    @functools.cached_property
+    def test_data(self):
+        """An `ImageData` without training images, its test images sorted by class."""
+        images = data.load(self.source, train=False, resize=self.model.size)
+        labels, order = images.test_labels.sort(stable=True)
+        return replace(images, test_images=images.test_images[order], test_labels=labels)
+
+    @functools.cached_property
+    def results(self):
+        """`Results` of the test images, sorted by class.
+
+        Recorded ones of the networks that come with the repository, on CIFAR-10, which stays as
+        it is; any other data may have changed.
+        """
+        recorded = self.weights.with_name("predictions.safetensors")
+        ours = self.weights.resolve().is_relative_to(files.IMAGES.resolve()) and recorded.exists()
+        if self.source is None or (self.source == "cifar10" and ours):
+            return read_predictions(recorded)
+        return explain.predictions(self.model, self.test_data)
+
+    @functools.cached_property
+    def pictures(self):
+        """{index in `results`: image uint8 (3, H, W)}.
+
+        Raises InputError where recorded results are of others, by labels and ten predictions.
+        """
+        if self.source is None:
+            kept, _ = files.read_tensors(self.weights.with_name("images.safetensors"))
+            return dict(zip(kept["indices"].tolist(), kept["images"], strict=True))
+        images, results = self.test_data.test_images, self.results
+        some = slice(None, None, max(1, len(images) // 10))
+        if torch.equal(self.test_data.test_labels, results.labels):
+            shares = explain.probabilities(self.model, images[some])
+            if torch.allclose(shares, results.logits[some].softmax(1), atol=0.1):
+                return dict(enumerate(images))
+        raise InputError(f"the recorded predictions are not of {self.test_data.name}; train anew")
+
+    def images(self, indices):
+        """Those at `indices`, int64 (N,), of the results: uint8 (N, 3, H, W)."""
+        return torch.stack([self.pictures[index] for index in indices.tolist()])
+
+    @functools.cached_property
+    def training(self):
+        """(`ImageData`, the embeddings of its training images)."""
+        images = data.load(self.source, resize=self.model.size)
+        return images, explain.embeddings(self.model, images.train_images)
+
+    def examples(self):
+        """[(picture, class)] of the first test image of each class that occurs."""
+        first = first_of_each(self.results)
+        names = [self.model.classes[label] for label in self.results.labels[first]]
+        return list(zip(pictures(self.images(first)), names, strict=True))
+
+    def answer(self, images, count=3, layer="", name="", opacity=0.5):
+        """(picture as it is shown, {class: probability} of the `count` likeliest).
+
+        `images`: the one that is asked about, uint8 (1, 3, H, W), or None, for which there is no
+        answer. `layer`: whose Grad-CAM to lay over; "" for none. `name`: for which class; "" for
+        the likeliest.
+        """
+        if images is None:
+            return None, None
+        shares, best = explain.probabilities(self.model, images)[0].topk(count)
+        classes = self.model.classes
+        of = torch.tensor([classes.index(name)]) if name else best[:1]
+        label = {classes[i]: share for i, share in zip(best.tolist(), shares.tolist(), strict=True)}
+        return *shown(self.model, images, of, layer, opacity), label
+
+    def nearest(self, images):
+        """[(picture, class)] of the three training images most like that of `answer`."""
+        if images is None:
+            return []
+        known, features = self.training
+        (nearest,) = explain.nearest(explain.embeddings(self.model, images), features)
+        names = [known.classes[label] for label in known.train_labels[nearest]]
+        return list(zip(shown(self.model, known.train_images[nearest]), names, strict=True))
+
+    def mistakes(self, count, true="", predicted="", layer="", opacity=0.5):
+        """[(picture, caption)] of the `surest_mistakes`, each with the Grad-CAM of its error."""
+        indices = surest_mistakes(self.results, count, true, predicted)
+        if not len(indices):
+            return []
+        classes = self.results.predictions[indices]
+        wrong = shown(self.model, self.images(indices), classes, layer, opacity)
+        return list(zip(wrong, captions(self.results, indices), strict=True))
 
 
-def first_of_each(results, images):
-    """[(picture, class)] of the first image of each class that occurs."""
-    labels, pictures = results.labels.tolist(), images.permute(0, 2, 3, 1).numpy()
-    return [(pictures[labels.index(i)], results.classes[i]) for i in sorted(set(labels))]
+def first_of_each(results):
+    """Indices int64 of the first image of each class that occurs, of `results` sorted by class."""
+    return torch.searchsorted(results.labels, results.labels.unique())
+
+
+def pictures(images):
+    """Images uint8 (N, 3, H, W) for Gradio: a list of PIL images, no two with the same content.
+
+    Gradio names a file by its content, and writes it anew while other visitors are being sent it.
+    """
+    found = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
+    for picture in found:
+        picture.info["answer"] = uuid4().hex
+    return found
 
 
 def shown(model, images, classes=None, layer="", opacity=0.5):
-    """A list of the images enlarged; if `layer` is named, with its Grad-CAM for `classes` (N,)."""
-    pictures = images.repeat_interleave(ZOOM, 2).repeat_interleave(ZOOM, 3)
+    """`pictures` of enlarged images; if `layer` is named, with its Grad-CAM for `classes` (N,)."""
+    zoom = max(1, SIDE // max(images.shape[2:]))
+    large = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     if layer:
         maps = explain.grad_cam(model, images, classes, layer=layer)
-        pictures = plotting.heat(pictures, maps, opacity=opacity)
-    return list(pictures.permute(0, 2, 3, 1).numpy())
+        large = plotting.heat(large, maps, opacity=opacity)
+    return pictures(large)
 
 
-def answer(model, images, count=3, layer="", name="", opacity=0.5):
-    """(an image as it is shown, {class: probability} of the `count` likeliest).
+def upload(payload, cache, size):
+    """An uploaded picture as the network sees it, uint8 (1, 3, *size); None for none.
 
-    `images`: the one that is asked about, uint8 (1, 3, H, W). `layer`: whose Grad-CAM to lay over;
-    "" for none. `name`: for which class; "" for the likeliest.
+    Raises InputError for a file outside the folder `cache`, which Gradio would take as well.
     """
-    shares, best = explain.probabilities(model, images)[0].topk(count)
-    of = torch.tensor([model.classes.index(name)]) if name else best[:1]
-    names = [model.classes[i] for i in best]
-    return *shown(model, images, of, layer, opacity), dict(zip(names, shares.tolist(), strict=True))
-
-
-def resembling(model, asked, images, features):
-    """[(picture, class)] of the three training images of an `ImageData` most like `asked`.
-
-    `asked`: uint8 (1, 3, H, W). `features`: the `explain.embeddings` of the training images.
-    """
-    (nearest,) = explain.nearest(explain.embeddings(model, asked), features)
-    names = [images.classes[label] for label in images.train_labels[nearest]]
-    return list(zip(shown(model, images.train_images[nearest]), names, strict=True))
+    if payload is None:
+        return None
+    if not Path(payload.path).resolve().is_relative_to(Path(cache).resolve()):
+        raise InputError("this file was not uploaded; upload it")
+    return data.read_picture(payload.path, size)[None]
 
 
 def surest_mistakes(results, count, true="", predicted=""):
@@ -148,13 +227,16 @@ def captions(results, indices):
     ]
 
 
-def page(weights, source, *, nearest=True):
-    """The page, a `gradio.Blocks`, for a weights file and the data that `data.load` calls `source`.
+def class_list(classes):
+    """The names of the classes for a sentence in Markdown; of many the first and the last."""
+    names = [re.sub(f"([{re.escape(string.punctuation)}])", r"\\\1", name) for name in classes]
+    if len(names) <= 20:
+        return ", ".join(names)
+    return f"{len(names)} classes, from {names[0]} to {names[-1]}"
 
-    Images are read when they are first shown. The examples come from the folder examples/ beside
-    the weights, where there is one. `nearest`: offer the nearest training images. Raises
-    InputError without Gradio.
-    """
+
+def page(weights, source=None):
+    """The page, a `gradio.Blocks`, of a `Network`. Raises InputError without Gradio."""
     try:
         import gradio as gr  # here, because it takes seconds
     except ImportError as error:
@@ -162,145 +244,132 @@ def page(weights, source, *, nearest=True):
 
     # Grad-CAM hooks into a network, which no other thread may use meanwhile. So there is one for
     # uploads, and one for all that needs the data; the events of each wait for one another.
-    model, other = load_weights(weights), load_weights(weights).to(devices.pick_device())
-    results = recorded(other, weights.with_name("predictions.safetensors"), source)
-    tested = functools.cache(lambda: test_images(other, results, source))
-
-    @functools.cache
-    def trained():
-        images = data.load(source, resize=other.size)
-        return images, explain.embeddings(other, images.train_images)
-
-    @functools.cache
-    def examples():
-        kept = sorted(weights.with_name("examples").glob("*.png"))
-        return [(Image.open(path), path.stem) for path in kept] or first_of_each(results, tested())
-
-    def mistakes(count, true, predicted, layer, opacity):
-        indices = surest_mistakes(results, count, true, predicted)
-        if not len(indices):
-            return []
-        wrong = shown(other, tested()[indices], results.predictions[indices], layer, opacity)
-        return list(zip(wrong, captions(results, indices), strict=True))
-
-    def nearest_to(images):
-        return [] if images is None else resembling(other, images, *trained())
-
-    def asked(images, *wishes):
-        return (None, None) if images is None else answer(model, images, *wishes)
-
-    def chosen(event: gr.SelectData):
-        return examples()[event.index][0]
-
-    def uploaded(payload):
-        """As the network sees it. Gradio would take any path by hand, and fail without a reason."""
-        if payload is None:
-            return None
-        if not gr.utils.is_in_or_equal(payload.path, picture.GRADIO_CACHE):
-            raise InputError("this file was not uploaded; upload it")
-        return data.read_picture(payload.path, model.size)[None]
-
-    def gallery(title, width):
-        """With columns of at least `width` pixels."""
-        gr.Markdown(f"{title}\n{STYLE.format(width)}", sanitize_html=False)
-        return gr.Gallery(height="auto", format="png", show_label=False, elem_classes=f"at{width}",
-                          allow_preview=False, interactive=False, buttons=[])
-
-    def class_menu(label, any_class):
-        return gr.Dropdown([(any_class, ""), *model.classes], value="", label=label)
-
-    def cam_controls():
-        parts = [name for name, _ in model.named_children() if name not in ("pool", "fc")]
-        return (gr.Radio([("off", ""), *parts], value="", label="Grad-CAM of layer"),
-                gr.Slider(0, 1, 0.5, step=0.05, label="its opacity"))
-
-    with gr.Blocks(title="Ask the network", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# Ask the trained network\nIt knows {', '.join(model.classes)}.")
+    asked, network = Network(weights), Network(weights, source)
+    with gr.Blocks(title="Ask the network", analytics_enabled=False, delete_cache=CACHE) as blocks:
+        gr.Markdown("# Ask the trained network")
+        gr.Markdown(f"It knows {class_list(network.model.classes)}.", latex_delimiters=[])
         with gr.Tab("A picture"), gr.Row():
-            with gr.Column(min_width=280):
-                gr.Markdown("Your picture:")
-                picture = gr.Image(type="filepath", format="png", height=256, show_label=False,
-                                   sources=["upload", "clipboard", "webcam"])
-                picture.preprocess = uploaded
-                shelf = gallery("Or an example:", 88)
-            with gr.Column(min_width=280):
-                gr.Markdown("What the network sees:")
-                seen = gr.Image(format="png", height=256, show_label=False, interactive=False,
-                                buttons=[])
-                layer, opacity = cam_controls()
-                of = class_menu("for class", "the likeliest")
-            with gr.Column(min_width=280):
-                gr.Markdown("What it takes it for:")
-                label = gr.Label(show_label=False, show_heading=False)
-                count = gr.Slider(1, min(10, len(model.classes)), 3, step=1, label="classes shown")
-                if nearest:
-                    find = gr.Button("Find the three nearest training images")
-                    alike = gallery("The first time this takes minutes.", 80)
-        with gr.Tab("Where it errs") as errors:
-            with gr.Row():
-                number = gr.Slider(1, 50, 10, step=1, label="images")
-                pair = class_menu("true class", "any"), class_menu("predicted class", "any")
-                cam = cam_controls()
-            wrong = gallery("True class → predicted class; the surest first.", 170)
+            _picture_tab(gr, blocks, asked, network)
+        with gr.Tab("Where it errs") as tab:
+            _mistakes_tab(gr, tab, network)
         with gr.Tab("How well it does"):
-            gr.Markdown(
-                f"**{results.accuracy:.2f} %** of {len(results.labels):,} test images are right. "
-                f"Confidence is off by {results.calibration_error:.2f} points on average (ECE)."
-            )
-            plotting.use_style()
-            with gr.Row():
-                with gr.Column(min_width=400):
-                    gr.Plot(plotting.per_class_accuracy(results).figure, show_label=False)
-                    gr.Plot(plotting.calibration(results).figure, show_label=False)
-                with gr.Column(min_width=400):
-                    gr.Plot(plotting.confusion_matrix(results).figure, show_label=False)
-
-        in_turn = {"concurrency_id": "data", "concurrency_limit": 1, "show_progress": "minimal"}
-        latest = {"trigger_mode": "always_last", "show_progress": "minimal"}
-        wishes = [picture, count, layer, of, opacity]
-        gr.on([each.change for each in wishes], asked, wishes, [seen, label], api_name="answer",
-              **latest)
-        if nearest:
-            find.click(nearest_to, picture, alike, api_name="nearest", **in_turn)
-        wishes = [number, *pair, *cam]
-        gr.on([errors.select, *(each.change for each in wishes)], mistakes, wishes, wrong,
-              api_name="mistakes", **in_turn | latest)
-        blocks.load(examples, None, shelf, api_visibility="private", **in_turn)
-        shelf.select(chosen, None, picture, api_visibility="private", **in_turn)
+            _results_tab(gr, network.results)
     blocks.launch = functools.partial(blocks.launch, show_error=True)  # the page says what is wrong
     return blocks.queue(api_open=False)
 
 
-def export(folder, weights, source):
-    """Writes a folder that Hugging Face Spaces runs as it is, with examples from the data `source`.
+IN_TURN = {"concurrency_id": "data", "concurrency_limit": 1, "show_progress": "minimal"}
+LATEST = {"trigger_mode": "always_last", "show_progress": "minimal"}
 
-    Misclassified images it downloads with CIFAR-10 when they are first asked for, if the data are
-    not the sample. Raises InputError where the folder holds something already.
+
+def _picture_tab(gr, blocks, asked, network):
+    """Asks about a picture of the visitor's or an example."""
+    with gr.Column(min_width=280):
+        gr.Markdown("Your picture:")
+        picture = gr.Image(type="filepath", format="png", height=SIDE, show_label=False,
+                           sources=["upload", "clipboard", "webcam"])
+        picture.preprocess = functools.partial(
+            upload, cache=picture.GRADIO_CACHE, size=asked.model.size
+        )
+        shelf = _gallery(gr, "Or an example:", 88)
+    with gr.Column(min_width=280):
+        gr.Markdown("What the network sees:")
+        seen = gr.Image(format="png", height=SIDE, show_label=False, interactive=False, buttons=[])
+        layer, opacity = _grad_cam(gr, asked.model)
+        of = _class_menu(gr, asked.model, "for class", "the likeliest")
+    with gr.Column(min_width=280):
+        gr.Markdown("What it takes it for:")
+        label = gr.Label(show_label=False, show_heading=False)
+        most = min(10, len(asked.model.classes))
+        count = gr.Slider(1, most, min(3, most), step=1, label="classes shown")
+        if network.source is not None:
+            find = gr.Button("Find the three nearest training images")
+            alike = _gallery(gr, "The first time this takes minutes.", 80)
+            find.click(network.nearest, picture, alike, api_name="nearest", **IN_TURN)
+
+    def chosen(event: gr.SelectData):
+        return network.examples()[event.index][0]
+
+    wishes = [picture, count, layer, of, opacity]
+    gr.on([each.change for each in wishes], asked.answer, wishes, [seen, label],
+          api_name="answer", **LATEST)
+    blocks.load(network.examples, None, shelf, api_visibility="private", **IN_TURN)
+    shelf.select(chosen, None, picture, api_visibility="private", **IN_TURN)
+
+
+def _mistakes_tab(gr, tab, network):
+    with gr.Row():
+        number = gr.Slider(1, 50, 10, step=1, label="images")
+        true = _class_menu(gr, network.model, "true class", "any")
+        predicted = _class_menu(gr, network.model, "predicted class", "any")
+        cam = _grad_cam(gr, network.model)
+    wrong = _gallery(gr, "True class → predicted class; the surest first.", 170)
+    wishes = [number, true, predicted, *cam]
+    gr.on([tab.select, *(each.change for each in wishes)], network.mistakes, wishes, wrong,
+          api_name="mistakes", **IN_TURN | LATEST)
+
+
+def _results_tab(gr, results):
+    gr.Markdown(
+        f"**{results.accuracy:.2f} %** of {len(results.labels):,} test images are right. "
+        f"Confidence is off by {results.calibration_error:.2f} points on average (ECE)."
+    )
+    plotting.use_style()
+    with gr.Row():
+        with gr.Column(min_width=400):
+            gr.Plot(plotting.calibration(results).figure, show_label=False)
+            gr.Plot(plotting.per_class_accuracy(results).figure, show_label=False)
+        with gr.Column(min_width=400):
+            gr.Plot(plotting.confusion_matrix(results).figure, show_label=False)
+
+
+def _gallery(gr, title, width):
+    """With columns of at least `width` pixels."""
+    gr.Markdown(f"{title}\n{STYLE.format(width)}", sanitize_html=False)
+    return gr.Gallery(height="auto", format="png", show_label=False, elem_classes=f"at{width}",
+                      allow_preview=False, interactive=False, buttons=[])
+
+
+def _class_menu(gr, model, label, any_class):
+    return gr.Dropdown([(any_class, ""), *model.classes], value="", label=label)
+
+
+def _grad_cam(gr, model):
+    parts = [name for name, _ in model.named_children() if name not in ("pool", "fc")]
+    return (gr.Radio([("off", ""), *parts], value="", label="Grad-CAM of layer"),
+            gr.Slider(0, 1, 0.5, step=0.05, label="its opacity"))
+
+
+def export(folder, weights, source):
+    """Writes a folder that Hugging Face Spaces runs as it is, with the test images that it shows.
+
+    Those are the misclassified ones, and one of each class as an example. Raises InputError where
+    the folder holds something already.
     """
     import gradio
 
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; name a new folder")
-    here, model = Path(__file__).parent, load_weights(weights)
-    results = recorded(model, weights.with_name("predictions.safetensors"), source)
-    pictures = test_images(model, results, source)
-    for part in ("utils", "examples"):
-        (folder / part).mkdir(parents=True)
+    here, network = Path(__file__).parent, Network(weights, source)
+    save_predictions(network.results, folder / "predictions.safetensors")
+    results = read_predictions(folder / "predictions.safetensors")  # to fewer digits
+    wrong = surest_mistakes(results, len(results.labels))
+    indices = torch.cat([first_of_each(results), wrong]).unique()
+    images = {"indices": indices, "images": network.images(indices)}
+    files.save_tensors(images, folder / "images.safetensors")
+    shutil.copyfile(weights, folder / "weights.safetensors")
+    (folder / "utils").mkdir()
     for name in MODULES.split():
         shutil.copyfile(here / f"{name}.py", folder / f"utils/{name}.py")
-    for name in ("weights.safetensors", "predictions.safetensors"):
-        shutil.copyfile(weights.with_name(name), folder / name)
-    for picture, name in first_of_each(results, pictures):
-        Image.fromarray(picture).save(folder / f"examples/{name}.png")
     lines = (here / "requirements.txt").read_text(encoding="utf-8").splitlines()
     needed = [line for line in lines if line.split(">=")[0] in LIBRARIES.split()]
     files.save_text("\n".join([*needed, f"gradio=={gradio.__version__}\n"]),
                     folder / "requirements.txt")
-    source = source if source == "sample" else "cifar10"  # a folder does not go along
-    files.save_text(APP.format(source=source), folder / "app.py")
+    files.save_text(APP, folder / "app.py")
     about = (here / "space.md").read_text(encoding="utf-8").format(
-        version=gradio.__version__, classes=", ".join(model.classes), count=len(results.labels),
-        parameters=sum(each.numel() for each in model.parameters()), accuracy=results.accuracy,
+        version=gradio.__version__, classes=class_list(results.classes), count=len(results.labels),
+        parameters=sum(each.numel() for each in network.model.parameters()),
+        accuracy=results.accuracy,
     )
     files.save_text(about, folder / "README.md")
 
