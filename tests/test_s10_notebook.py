@@ -36,7 +36,7 @@ PATH = Path(__file__).parents[1] / "S10_custom_resnet.ipynb"
 # What the cells are told by.
 SETTINGS, EXERCISE = 'notebook.begin("s10")', "# Change the recipe here"
 RANGE_TEST, SHORT_RUNS, SCHEDULE = "lr_range_test(", "hold_out(", "one_cycle_rates(recipe"
-FIT, TARGET, LAST = "model, history = run.train_plain(", "target':>10", "tables.gains()"
+FIT, TARGET, LAST = "model, history = run.train_plain(", "target':>10", "tables.ladder_table()"
 PHASES = {"input": 1.0, "forward": 2.0, "backward": 3.0, "optimizer": 0.5}
 
 

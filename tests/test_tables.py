@@ -39,17 +39,17 @@ def test_results(tmp_path):
         "| `python -m utils.train s10_cpu` | small | – |",
         "| `python -m utils.train resnet9` | other | [–&nbsp;/&nbsp;90.71](e) |",
     ]
-    assert tables.results(tmp_path).splitlines() == [*rows, "", *without_run]
+    assert tables.results_table(tmp_path).splitlines() == [*rows, "", *without_run]
     for name in ("s10_cpu", "resnet9"):
         write_runs(tmp_path, {**RUN, "recipe": name})
-    assert without_run[0] not in tables.results(tmp_path)
+    assert without_run[0] not in tables.results_table(tmp_path)
 
 
 def test_tuning(tmp_path):
     row = {"data": "D", "epochs": 3, "train_acc": 50, "validation_acc": 60.126, "seconds": 100}
     rows = [{"changed": "", **row}, {"changed": "cutout=0; sizes=[8, 16]", **row}]
     files.save_table(rows, tmp_path / "s10" / "tuning.csv")
-    assert tables.tuning("s10", tmp_path).splitlines()[2:] == [
+    assert tables.tuning_table("s10", tmp_path).splitlines()[2:] == [
         "| – | D | 3 | 50.00 | 60.13 | 2 min |",
         "| `cutout=0`, `sizes=[8, 16]` | D | 3 | 50.00 | 60.13 | 2 min |",
     ]
@@ -70,7 +70,7 @@ def test_ladder_compares_each_rung_with_the_one_it_stands_on(tmp_path):
               ("flip", 2, "yes")]
     rows = [{"rung": name, "on": on, "kept": kept} for name, on, kept in titles]
     files.save_table(rows, tmp_path / "s10_best" / "rungs.csv")
-    assert tables.gains(folder=tmp_path).splitlines() == [
+    assert tables.ladder_table(folder=tmp_path).splitlines() == [
         "|  | rung | stands on | validation | gain | kept |",
         "| --- | --- | --- | --- | --- | --- |",
         "| 1 | plain | – | 50.50 | – | yes |",
@@ -92,7 +92,7 @@ def history(*accuracies):
 def test_a_log_is_that_of_the_first_run_as_it_was_printed(tmp_path):
     for seed, accuracy in ((1, 20), (0, 10.126)):
         files.save_table(history(accuracy), tmp_path / "s12" / f"history_seed{seed}.csv")
-    assert tables.log("s12", tmp_path).splitlines() == [
+    assert tables.epoch_log("s12", tmp_path).splitlines() == [
         "```text",
         "epoch        lr  train loss  train acc  test loss  test acc  images/s      time",
         "    1  0.010000      1.0000    50.00 %     2.0000   10.13 %     1,234     1.5 s",

@@ -20,7 +20,7 @@ def markdown(head, rows):
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def results(folder=IMAGES):
+def results_table(folder=IMAGES):
     """The runs of what recipes.csv lists, with its source's claim; below them what has no run.
 
     A line's folder is that of the runs: the recipe's, or below it one for other settings.
@@ -51,7 +51,8 @@ def measured(runs):
     devices = devices.str.replace(r" CPU, (\d+) thread\(s\)", r" ×\1", regex=True)
     time = f"{runs['seconds'].mean() / 60:.1f} min, "
     return [
-        code(runs["changed"][0]), f"{spread(runs['test_acc'])} (n&nbsp;=&nbsp;{len(runs)})",
+        changes_as_code(runs["changed"][0]),
+        f"{spread(runs['test_acc'])} (n&nbsp;=&nbsp;{len(runs)})",
         spread(runs["test_acc_flip"]), spread(runs["train_acc"]), f"{runs['epochs'][0]}",
         time + "; ".join(sorted(set(devices))),
     ]
@@ -67,16 +68,16 @@ def plus_minus(value, error, sign=""):
     return f"{value:{sign}.2f} ± {error:.2f}"
 
 
-def code(changes):
+def changes_as_code(changes):
     """Settings as the files hold them, "a=1; b=2", as code."""
     return ", ".join(f"`{change}`" for change in changes.split("; ") if change)
 
 
-def tuning(name, folder=IMAGES):
+def tuning_table(name, folder=IMAGES):
     """What was tried for the recipe `name`."""
     rows = files.read_table(Path(folder, name, "tuning.csv")).itertuples()
     return markdown(["changed", "images", "epochs", "train", "validation", "time"], [
-        [code(row.changed) or "–", row.data, f"{row.epochs}", f"{row.train_acc:.2f}",
+        [changes_as_code(row.changed) or "–", row.data, f"{row.epochs}", f"{row.train_acc:.2f}",
          f"{row.validation_acc:.2f}", f"{row.seconds / 60:.0f} min"]
         for row in rows
     ])
@@ -98,13 +99,14 @@ def rungs(name="s10_best", folder=IMAGES):
     flipped = by_rung["validation_acc_flip"].apply(list).to_list()
     accuracies.append(flipped[int(table["on"].iloc[-1]) - 1])
     error = (2 * by_rung["validation_acc"].var() / by_rung.size()).mean() ** 0.5
-    means, gains = [sum(each) / len(each) for each in accuracies], ["–"]
+    means = [sum(each) / len(each) for each in accuracies]
+    gains = ["–"]
     for mean, on in zip(means[1:], table["on"][1:], strict=True):
         gains.append(plus_minus(mean - means[int(on) - 1], error, "+"))
     return table.assign(accuracies=accuracies, mean=means, gain=gains)
 
 
-def gains(name="s10_best", folder=IMAGES):
+def ladder_table(name="s10_best", folder=IMAGES):
     """What each rung brought to the one that it stands on."""
     return markdown(["", "rung", "stands on", "validation", "gain", "kept"], [
         [f"{number}", row.rung, row.on or "–", f"{row.mean:.2f}", row.gain, row.kept]
@@ -112,7 +114,7 @@ def gains(name="s10_best", folder=IMAGES):
     ])
 
 
-def log(name, folder=IMAGES):
+def epoch_log(name, folder=IMAGES):
     """The log of a recorded run of the recipe `name`, the first by name."""
     path = min(Path(folder, name).glob("history_seed*.csv"))
     return f"```text\n{training.table(files.read_table(path).to_dict('records'))}\n```\n"
@@ -145,10 +147,10 @@ def range_test(folder=IMAGES):
 
 
 PAGES = {
-    "README.md": {"results": results},
-    "images/s10_best/README.md": {"ladder": gains},
-    "images/s10_cpu/README.md": {"tuning of s10_cpu": lambda: tuning("s10_cpu")},
-    "images/s12/README.md": {"log of s12": lambda: log("s12")},
+    "README.md": {"results": results_table},
+    "images/s10_best/README.md": {"ladder": ladder_table},
+    "images/s10_cpu/README.md": {"tuning of s10_cpu": lambda: tuning_table("s10_cpu")},
+    "images/s12/README.md": {"log of s12": lambda: epoch_log("s12")},
 }
 PICTURES = {
     "accuracy.png": accuracy_by_epoch,
