@@ -169,7 +169,7 @@ class EpochTable(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.rate = trainer.optimizers[0].param_groups[0]["lr"]
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # the first, too
             for logger in trainer.loggers:  # LearningRateMonitor waits for the device
                 logger.log_metrics({"lr": self.rate}, step=trainer.global_step)
 
@@ -190,12 +190,12 @@ class EpochTable(Callback):
         module.log("images_per_s", self.history[-1]["images_per_s"])
         self.bar.write(training.ROW.format(**self.history[-1]))
 
-    def on_train_end(self, trainer, module):
+    def on_fit_end(self, trainer, module):  # also where nothing was left to train
         if self.bar is not None:
             self.bar.close()
 
     def on_exception(self, trainer, module, exception):
-        self.on_train_end(trainer, module)
+        self.on_fit_end(trainer, module)
 
 
 class Best(ModelCheckpoint):

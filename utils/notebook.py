@@ -26,16 +26,19 @@ _temporary = tempfile.TemporaryDirectory()  # which vanishes with this process
 def begin(name):
     """(recipe, images, device, dtype, train) for the notebook of the recipe `name`.
 
-    `train`: whether to train, or else to take the recorded run of images/<name>. A CPU trains
-    only where it is told to, or, for five epochs, where nothing is recorded for these images; a
-    line says what was decided. On the sample a network of a quarter of the channels is trained for
-    one epoch. The peak stays at the same fraction.
+    `images`: with validation images where the recipe holds some out. `train`: whether to train, or
+    else to take the recorded run of images/<name>. A CPU trains only where it is told to, or, for
+    five epochs, where nothing is recorded for these images; a line says what was decided. On the
+    sample a network of a quarter of the channels is trained for one epoch. The peak stays at the
+    same fraction.
     """
     devices.prepare()
     source = os.environ.get("COURSE_DATA", "cifar10")
-    images = data.load(source, resize=int(os.environ.get("COURSE_RESIZE", 0)) or None)
+    resize = int(os.environ.get("COURSE_RESIZE", 0)) or None
     device = devices.pick_device()
     settings, dtype = recipe(name), devices.amp_dtype(device)
+    images = data.load(source, resize=resize)
+    images = data.with_validation(images, fraction=settings.held_out)
     if source == "sample":
         settings = settings.scaled(epochs=SAMPLE_EPOCHS, batch_size=images.batch_size)
         settings = settings.replace(width=SAMPLE_WIDTH)
