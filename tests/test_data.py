@@ -358,10 +358,12 @@ def test_a_class_is_the_same_in_both_forms_of_unicode(folder):
     assert torch.equal(images.test_images[0], torch.from_numpy(picture(101)).permute(2, 0, 1))
 
 
-def test_training_pictures_can_be_left_unread(folder):
-    images, whole = data.load(str(folder), train=False), data.load(str(folder))
-    assert images.train_images.shape == (0, 3, 40, 36) and images.train_labels.shape == (0,)
-    assert images.train_labels.dtype == torch.int64 and "40×36" in str(images)
+@pytest.mark.parametrize("source, size", [("folder", (40, 36)), ("sample", (32, 32))])
+def test_training_pictures_can_be_left_out(folder, source, size):
+    source = str(folder) if source == "folder" else source
+    images, whole = data.load(source, train=False), data.load(source)
+    assert images.train_images.shape == (0, 3, *size) and images.train_labels.shape == (0,)
+    assert images.train_labels.dtype == torch.int64 and "×".join(map(str, size)) in str(images)
     assert torch.equal(images.test_images, whole.test_images)
     assert torch.equal(images.test_labels, whole.test_labels)
 

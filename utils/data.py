@@ -123,7 +123,7 @@ class Normalization:
 def load(source="cifar10", *, root="data", train=True, resize=None):
     """`ImageData` from "cifar10" (downloaded to `root` at first), "sample", or a folder's path.
 
-    Without `train` a folder's training pictures are not read, which takes long: there are none.
+    Without `train` there are no training images; those of a folder, which take long, aren't read.
     `resize`: the side, or (height, width), to which the middle of each of its pictures is brought;
     None: all are of one size. Raises InputError, in one line that names the mend, where that fails.
     """
@@ -135,7 +135,10 @@ def load(source="cifar10", *, root="data", train=True, resize=None):
     images = cifar10(root) if source == "cifar10" else builtin_sample()
     if size not in (None, images.size):
         raise InputError(f"{images.name} is not resized; only the pictures of a folder are")
-    return images
+    if train:
+        return images
+    none = {name: getattr(images, name)[:0] for name in ("train_images", "train_labels")}
+    return replace(images, **none)
 
 
 def builtin_sample():
