@@ -190,6 +190,12 @@ def test_peak_at_or_past_the_end(epochs):
     assert DEFAULTS.replace(epochs=6).peak_epoch == 5
 
 
+@pytest.mark.parametrize("name", ["min_lr", "final_lr"])
+def test_the_highest_rate_is_the_highest(name):
+    assert refused(**{name: 0.02}) == f"{name} must be at most max_lr, 0.01, not 0.02"
+    assert DEFAULTS.replace(**{name: 0.01}).max_lr == 0.01
+
+
 @pytest.mark.parametrize("settings, word", [
     ({"per_image": True, "sizes": (16, 32)}, "leave out sizes or per_image"),
     ({"per_image": True, "alternating_flip": True}, "leave out alternating_flip or per_image"),

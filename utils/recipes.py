@@ -116,6 +116,10 @@ class Recipe(BaseModel):
         if self.peak_epoch >= self.epochs:
             end = f"before the end of the {self.epochs} epochs"
             raise InputError(f"peak_epoch must lie {end}, not at {self.peak_epoch:g}")
+        for name in ("min_lr", "final_lr"):
+            rate = getattr(self, name)
+            if rate and rate > self.max_lr:
+                raise InputError(f"{name} must be at most max_lr, {self.max_lr:g}, not {rate:g}")
         if self.per_image and (self.sizes or self.alternating_flip):
             name = "sizes" if self.sizes else "alternating_flip"
             raise InputError(f"{name} needs whole batches; leave out {name} or per_image")
