@@ -654,14 +654,11 @@ def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
     assert found[:, 0, 0].tolist() == [255] * 3 and found[:, 8, 8].tolist() == [10, 200, 30]
 
 
-@pytest.mark.parametrize("mode, value, words", [
-    ("F", 1.5, "beyond 0 to 1;"), ("F", np.nan, "beyond 0 to 1;"),
-    ("I", 70_000, "beyond 0 to 65535;"), ("I", -1, "beyond 0 to 65535;"),
-])
-def test_values_of_unknown_scale(tmp_path, mode, value, words):
+@pytest.mark.parametrize("mode, value", [("F", 1.5), ("F", np.nan), ("I", 70_000), ("I", -1)])
+def test_values_of_unknown_scale(tmp_path, mode, value):
     Image.new(mode, (9, 9), value).save(tmp_path / "a.tif")
     message = assert_refused(tmp_path / "a.tif", data.read_picture, tmp_path / "a.tif")
-    assert words in message and "8 bits" in message
+    assert message.endswith("save it with 8 bits a channel")
 
 
 def test_pictures_that_can_not_be_seen(tmp_path):

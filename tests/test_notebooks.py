@@ -156,6 +156,9 @@ def test_what_is_recorded_is_for_the_images_that_it_was_made_on(pictures):
     assert is_recorded("s10", replace(pictures, train_images=copy))
     assert not is_recorded("s10", replace(pictures, train_images=other))
     assert not is_recorded("s10", replace(pictures, classes=("a", "b", "d")))
+    large = {name: getattr(pictures, name).repeat_interleave(2, 2)
+             for name in ("train_images", "test_images")}  # of the same mean
+    assert not is_recorded("s10", replace(pictures, **large))
     assert not is_recorded("s12", pictures)
 
 

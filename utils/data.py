@@ -234,8 +234,8 @@ def _read_pictures(names, size, shape, split):
         raise InputError(f"{len(names):,} pictures don't fit into memory; {RESIZE}") from error
     with ThreadPoolExecutor() as pool:
         pictures = pool.map(partial(read_picture, size=size), names)
-        bar = progress_bar(pictures, total=len(names), desc=f"reading {split} pictures")
-        for i, picture in enumerate(bar):
+        desc = f"reading {split} pictures"
+        for i, picture in enumerate(progress_bar(pictures, total=len(names), desc=desc)):
             if picture.shape != shape:
                 pool.shutdown(cancel_futures=True)  # the others are not read
                 raise InputError(
@@ -283,13 +283,13 @@ def _prepared(picture, size):
 
 
 def _eight_bits(picture):
-    values = np.asarray(picture)
-    highest = 1 if picture.mode == "F" else 65535
-    if not 0 <= values.min() <= values.max() <= highest:
+    values = np.asarray(picture) / (1 if picture.mode == "F" else 65535)
+    if not 0 <= values.min() <= values.max() <= 1:
         raise InputError(
-            f"{picture.filename} has values beyond 0 to {highest}; save it with 8 bits a channel"
+            f"{picture.filename} has values that are not of 0 to 65535, or floats of 0 to 1; save "
+            "it with 8 bits a channel"
         )
-    return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
+    return Image.fromarray((255 * values).round().astype(np.uint8))
 
 
 def halve(data):

@@ -56,14 +56,15 @@ def begin(name):
 def is_recorded(name, images):
     """Whether images/<name> holds weights that were trained on the images of an `ImageData`.
 
-    They are told by their classes and their mean: copies of CIFAR-10 differ in a few pixels.
+    They are told by classes, size and mean: copies of CIFAR-10 differ in a few pixels.
     """
     path = files.IMAGES / name / "weights.safetensors"
     if not path.exists():
         return False
     _, about = files.read_tensors(path)
     same = torch.isclose(images.statistics[0], torch.tensor(about["mean"]).double(), atol=1e-4)
-    return about["classes"] == list(images.classes) and same.all().item()
+    kind = [about["classes"], about.get("size", [32, 32])]  # older files don't tell
+    return kind == [list(images.classes), list(images.size)] and same.all().item()
 
 
 def run_folder(recipe, images):
