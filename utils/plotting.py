@@ -218,22 +218,15 @@ def lr_schedule(lrs, *, steps_per_epoch, ax=None):
     lrs = np.asarray(lrs)
     epochs = np.arange(len(lrs)) / steps_per_epoch
     peak = lrs.argmax()
+    named = [0, peak, -1]
+    start, top, end = (f"{rate:.3g}" for rate in lrs[named])
 
     ax = _single(ax, (6.0, 3.4))
     ax.plot(epochs, lrs, color=BLUE, linestyle="-", label="planned")
+    ax.plot(epochs[named], lrs[named], color=VERMILION, linestyle="", marker="o")
     ax.set(xlabel="epoch", ylabel="learning rate")
-    ax.margins(y=0.16)
+    ax.set_title(f"start {start}, peak {top} at epoch {epochs[peak]:.1f}, end {end}", fontsize=9)
     ax.grid(axis="y")
-    for step, text, side, above in (
-        (0, f"start {lrs[0]:.3g}", "left", False),
-        (peak, f"peak {lrs[peak]:.3g} at epoch {epochs[peak]:.1f}", "center", True),
-        (-1, f"end {lrs[-1]:.3g}", "right", False),
-    ):
-        ax.plot(epochs[step], lrs[step], color=VERMILION, marker="o")
-        ax.annotate(
-            text, (epochs[step], lrs[step]), xytext=(0, 6 if above else -6), ha=side,
-            textcoords="offset points", va="bottom" if above else "top",
-        )
     return ax
 
 
