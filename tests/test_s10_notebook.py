@@ -37,6 +37,7 @@ PATH = Path(__file__).parents[1] / "S10_custom_resnet.ipynb"
 SETTINGS, EXERCISE = 'notebook.begin("s10")', "# Change the recipe here"
 RANGE_TEST, SHORT_RUNS, SCHEDULE = "lr_range_test(", "hold_out(", "one_cycle_rates(recipe"
 FIT, TARGET, LAST = "model, history = run.train_plain(", "target':>10", "tables.ladder_table()"
+LOSSES, DECAYS = "plotting.loss_curves(", "decays = {\n"
 PHASES = {"input": 1.0, "forward": 2.0, "backward": 3.0, "optimizer": 0.5}
 
 
@@ -55,7 +56,7 @@ def machine(tmp_path_factory):
         patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("COURSE_TRAIN", "1")
         patch.setitem(recipes.RECIPES, "s10", small)
-        patch.setattr(data, "load", lambda source: shapes)
+        patch.setattr(data, "load", lambda source, resize: shapes)
         patch.setattr(devices, "pick_device", lambda: CPU)
         patch.setattr(devices, "amp_dtype", lambda device: None)
         patch.setattr(benchmark, "own_process", lambda *_, **__: {p: [PHASES[p]] for p in PHASES})
@@ -172,6 +173,21 @@ def test_interrupted_and_run_again_it_ends_as_it_would_have(epochs, part, anothe
     assert_same_state(other.names["model"], reader.names["model"])
 
 
+def test_a_reconnect_to_another_machine_goes_on_in_its_precision(another_kernel, monkeypatch):
+    """From float32 to bfloat16 and back, and a finished run to bfloat16."""
+    for epochs, dtype in enumerate([None, torch.bfloat16, None, torch.bfloat16]):
+        monkeypatch.setattr(devices, "amp_dtype", lambda device, dtype=dtype: dtype)
+        other = another_kernel()
+        assert other.names["dtype"] == dtype
+        if epochs < 2:
+            with cut_off_after(15):
+                other.run(FIT)
+        else:
+            other.run(FIT)
+    done = [row["precision"] for row in other.names["history"]]
+    assert done == ["float32", "bfloat16", "float32", "float32"]
+
+
 def test_a_changed_recipe_is_a_run_of_its_own(another_kernel, reader):
     """In the same kernel, after the first run, by the settings' cell and the training's alone."""
     change = "recipe, train = recipe.scaled(epochs=2).replace(cutout=0), True"
@@ -199,6 +215,18 @@ def test_short_runs_have_the_padding_and_the_cutout_of_the_exercise(another_kern
     ]
 
 
+def test_curves_are_whole_and_a_smoothed_loss_is_called_so(reader):
+    other = Reader(PATH)
+    other.names |= reader.names
+    other.names["recipe"] = reader.names["recipe"].replace(label_smoothing=0.05)
+    other.run(LOSSES)
+    assert other.names["axes"][0].get_legend().texts[0].get_text().startswith("train (smoothed)")
+    other.run(DECAYS)
+    for ax, split in zip(other.names["axes"], ["train", "test"], strict=True):
+        lowest = min(rows[f"{split}_acc"].min() for rows in other.names["decays"].values())
+        assert ax.get_ylim()[0] <= lowest
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 98])
 @pytest.mark.parametrize("epochs", [1, 2, 4, 5, 24])
 def test_the_schedule_of_short_runs_is_as_planned(steps, epochs):
@@ -216,7 +244,7 @@ def test_another_folder_is_trained_on(train, another_kernel, tmp_path, monkeypat
     pictures = write_folder(tmp_path / "pictures", train=20, test=12)
     monkeypatch.setenv("COURSE_DATA", str(pictures))
     monkeypatch.setenv("COURSE_TRAIN", train)
-    monkeypatch.setattr(data, "load", data.image_folder)
+    monkeypatch.setattr(data, "load", lambda source, resize: data.image_folder(source))
     monkeypatch.setattr(notebook, "CPU_EPOCHS", 3)
     other = another_kernel()
     says = "no recorded run on these images: 3 of 4 epochs are trained"

@@ -46,6 +46,7 @@ def begin(name):
     train = device.type != "cpu" or os.environ.get("COURSE_TRAIN") == "1"
     if not train and is_recorded(name, images):
         print(f"No GPU: what takes hours is read from images/{name}; COURSE_TRAIN=1 trains here.")
+        dtype = None  # so that the recorded weights give the same answers on all machines
     elif not train:
         print(f"No GPU, and no recorded run on these images: {CPU_EPOCHS} of {settings.epochs} "
               "epochs are trained; COURSE_TRAIN=1 trains all of them.")
