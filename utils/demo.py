@@ -21,7 +21,6 @@ from utils.models import load_weights
 from utils.results import read_predictions, save_predictions
 
 SIDE = 256  # of the pictures on the page, in pixels: as many whole times their own as fit
-CACHE = 3600, 86_400  # every hour pictures that are older than a day are deleted, in seconds
 
 # As many columns as there is room for, and captions whole.
 STYLE = """
@@ -245,7 +244,7 @@ def page(weights, source=None):
     # Grad-CAM hooks into a network, which no other thread may use meanwhile. So there is one for
     # uploads, and one for all that needs the data; the events of each wait for one another.
     asked, network = Network(weights), Network(weights, source)
-    with gr.Blocks(title="Ask the network", analytics_enabled=False, delete_cache=CACHE) as blocks:
+    with gr.Blocks(title="Ask the network", analytics_enabled=False) as blocks:
         gr.Markdown("# Ask the trained network")
         gr.Markdown(f"It knows {class_list(network.model.classes)}.", latex_delimiters=[])
         with gr.Tab("A picture"), gr.Row():
