@@ -449,6 +449,7 @@ def test_odd_names_are_drawn_as_they_are_or_by_number(draw, there, monkeypatch):
     figure = np.ravel(draw(replace(RESULTS, classes=ODD_NAMES)))[0].figure
     figure.draw_without_rendering()
     drawn = {text.get_text() for text in figure.findobj(Text)}
+    assert plotting.numbered(ODD_NAMES) == ([] if there else [f"#2 is {ODD_NAMES[2]}"])
     plotting._fonts.cache_clear()
     last = plotting.as_text(ODD_NAMES[2]) if there else "#2"
     assert any(last in text for text in drawn) and any(r"\$\$" in text for text in drawn)

@@ -313,6 +313,7 @@ def _results_tab(gr, results):
         f"**{results.accuracy:.2f} %** of {len(results.labels):,} test images are right. "
         f"Confidence is off by {results.calibration_error:.2f} points on average (ECE)."
     )
+    gr.Markdown(class_list(plotting.numbered(results.classes)))
     plotting.use_style()
     with gr.Row():
         with gr.Column(min_width=400):

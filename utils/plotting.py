@@ -107,6 +107,12 @@ def class_names(classes):
     return tuple(f"#{i}" if lacking & set(name) else name for i, name in enumerate(classes))
 
 
+def numbered(classes):
+    """What to write beside pictures in which `class_names` are numbers: ["#3 is …"]."""
+    pairs = zip(class_names(classes), classes, strict=True)
+    return [f"{number} is {name}" for number, name in pairs if number != name]
+
+
 def image_grid(images, titles, *, columns=10):
     """Shows pictures row by row, each below its title. Returns the axes (rows, columns)."""
     pixels = _pixels(images)

@@ -217,9 +217,8 @@ def run(recipe, images, options, out):
         f"epoch {last['epoch']} on {images.name}, in {elapsed}"
     )
     print("figures  " + " ".join(str(path) for path in figures))
-    for name, drawn_as in zip(images.classes, plotting.class_names(images.classes), strict=True):
-        if name != drawn_as:
-            print(f"         {drawn_as} is {name}, which no font here can write")
+    for line in plotting.numbered(images.classes):
+        print(f"         {line}")
 
 
 def weights_metadata(recipe, images, *, seed=0):
