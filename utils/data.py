@@ -176,7 +176,8 @@ def image_folder(path, *, train=True, size=None):
     there are no training images. What is hidden, or has no ending of a picture, is left out, and
     said. Raises InputError where something is missing or broken.
     """
-    path, left_out = Path(path), []
+    path = Path(path)
+    left_out = []
     try:
         splits = {split: _pictures_by_class(path / split, left_out) for split in ("train", "test")}
     except OSError as error:

@@ -107,7 +107,8 @@ class Network:
         if self.source is None:
             kept, _ = files.read_tensors(self.weights.with_name("images.safetensors"))
             return dict(zip(kept["indices"].tolist(), kept["images"], strict=True))
-        images, results = self.test_data.test_images, self.results
+        images = self.test_data.test_images
+        results = self.results
         some = slice(None, None, max(1, len(images) // 10))
         if torch.equal(self.test_data.test_labels, results.labels):
             shares = explain.probabilities(self.model, images[some])
@@ -350,7 +351,8 @@ def export(folder, weights, source):
 
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; name a new folder")
-    here, network = Path(__file__).parent, Network(weights, source)
+    here = Path(__file__).parent
+    network = Network(weights, source)
     save_predictions(network.results, folder / "predictions.safetensors")
     results = read_predictions(folder / "predictions.safetensors")  # to fewer digits
     wrong = surest_mistakes(results, len(results.labels))

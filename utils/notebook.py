@@ -36,7 +36,8 @@ def begin(name):
     source = os.environ.get("COURSE_DATA", "cifar10")
     resize = int(os.environ.get("COURSE_RESIZE", 0)) or None
     device = devices.pick_device()
-    settings, dtype = recipe(name), devices.amp_dtype(device)
+    settings = recipe(name)
+    dtype = devices.amp_dtype(device)
     images = data.load(source, resize=resize)
     images = data.with_validation(images, fraction=settings.held_out)
     if source == "sample":
@@ -50,7 +51,8 @@ def begin(name):
     elif not train:
         print(f"No GPU, and no recorded run on these images: {CPU_EPOCHS} of {settings.epochs} "
               "epochs are trained; COURSE_TRAIN=1 trains all of them.")
-        train, settings = True, settings.scaled(epochs=CPU_EPOCHS)
+        train = True
+        settings = settings.scaled(epochs=CPU_EPOCHS)
     return settings, images, device, dtype, train
 
 

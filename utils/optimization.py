@@ -147,7 +147,8 @@ def lr_range_test(
     found = found[finite]
     if len(found) < 2:
         raise InputError(f"the loss is not finite at a rate of {start_lr}; start lower")
-    smoothed, before = found["smoothed"], found["smoothed"].shift()
+    smoothed = found["smoothed"]
+    before = found["smoothed"].shift()
     loss = ((smoothed - (1 - SMOOTHING) * before) / SMOOTHING).fillna(smoothed)  # the first
     return found.assign(loss=loss)[["lr", "loss", "smoothed"]]
 

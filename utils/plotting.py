@@ -69,7 +69,8 @@ def _fonts(text):
     """(fonts of the system for what matplotlib's own lacks, the characters that none of them has).
     """
     own = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    fonts, lacking = [], {character for character in text if ord(character) not in own}
+    fonts = []
+    lacking = {character for character in text if ord(character) not in own}
     for font in font_manager.fontManager.ttflist if lacking else ():
         found = {ord(character) for character in lacking} & _characters(font.fname)
         if found and not font.name.startswith("Last Resort"):  # which has a box for each
@@ -170,7 +171,8 @@ def misclassified_grid(results, images, *, count=10, columns=5):
     `results`: a `Results` of `images`, uint8 (N, 3, H, W), of which it chooses at most `count`.
     There must be one. Returns the axes (rows, columns).
     """
-    wrong, names = results.misclassified(count), class_names(results.classes)
+    wrong = results.misclassified(count)
+    names = class_names(results.classes)
     titles = [
         f"{names[results.labels[i]]}\n"
         f"→ {names[results.predictions[i]]} {100 * results.confidences[i]:.0f} %"
@@ -325,7 +327,8 @@ def confusion_matrix(results, *, ax=None):
     so much larger that they would hide the errors. For more than 20 classes the numbers, too small
     to be read, are left out.
     """
-    counts, number = results.confusion.numpy(), len(results.classes)
+    counts = results.confusion.numpy()
+    number = len(results.classes)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     errors = np.ma.masked_array(shares, mask=np.eye(number, dtype=bool))
 

@@ -107,7 +107,8 @@ class Recipe(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             first = error.errors()[0]
-            name, reason = first["loc"][0], first["msg"].partition("should ")[2]
+            name = first["loc"][0]
+            reason = first["msg"].partition("should ")[2]
             if first["type"] == "missing":
                 raise InputError(f"a recipe needs a {name}") from None
             if not reason:

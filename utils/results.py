@@ -78,9 +78,10 @@ class Results:
         """
         confidences = self.confidences.double()
         bins = torch.bucketize(confidences, torch.linspace(0, 1, BINS + 1).double()[1:-1])
-        sums = (bins.bincount(each, BINS) for each in (confidences, self.right.double()))
         counts = bins.bincount(minlength=BINS)
-        return counts, *(100 * each / counts for each in sums)
+        mean_confidences = 100 * bins.bincount(confidences, BINS) / counts
+        accuracies = 100 * bins.bincount(self.right.double(), BINS) / counts
+        return counts, mean_confidences, accuracies
 
     @cached_property
     def calibration_error(self):

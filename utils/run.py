@@ -164,7 +164,8 @@ def run(recipe, images, options, out):
     """Trains the recipe on an `ImageData` and writes everything to the folder `out`."""
     import torchvision  # here, because it takes seconds
 
-    start, commit = time.perf_counter(), current_commit()
+    start = time.perf_counter()
+    commit = current_commit()
     devices.prepare()
     device = devices.pick_device(options.device)
     dtype = devices.pick_precision(options.precision, device)

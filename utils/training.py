@@ -101,7 +101,8 @@ def train_epoch(
     """
     model.train()
     device = next(model.parameters()).device
-    sums, count = torch.zeros(2, device=device), 0
+    sums = torch.zeros(2, device=device)
+    count = 0
     for images, labels in batches:
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(device, non_blocking=True)

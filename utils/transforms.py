@@ -24,7 +24,8 @@ class BatchAugmentation:
     """
 
     def __init__(self, recipe, mean, std):
-        self.recipe, self.normalize = recipe, Normalization(mean, std)
+        self.recipe = recipe
+        self.normalize = Normalization(mean, std)
 
     def __call__(self, images, generator=None, epoch=0):
         recipe = self.recipe
@@ -71,7 +72,8 @@ def albumentations_pipeline(recipe, mean, std, *, size=(32, 32)):
         steps.append(A.Rotate(limit, border_mode=cv2.BORDER_CONSTANT, fill=0, p=1))
     if recipe.brightness:
         # A factor. RandomBrightnessContrast would add, and turn the black border grey.
-        limit, off = (1 - recipe.brightness, 1 + recipe.brightness), (1, 1)
+        limit = (1 - recipe.brightness, 1 + recipe.brightness)
+        off = (1, 1)
         steps.append(A.ColorJitter(limit, contrast=off, saturation=off, hue=(0, 0), p=1))
     steps.append(A.Normalize(mean=tuple(map(float, mean)), std=tuple(map(float, std))))
     if recipe.cutout:

@@ -136,7 +136,8 @@ class PlainDataset(datasets.CIFAR10):
 
     def __init__(self, images):
         self.data = images.train_images.permute(0, 2, 3, 1).contiguous().numpy()
-        self.targets, self.target_transform = images.train_labels, None
+        self.targets = images.train_labels
+        self.target_transform = None
         size = images.train_images.shape[-2:]
         self.transform = transforms.Compose([
             transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip(),
@@ -213,7 +214,8 @@ def phases(batches, model, optimizer, *, device, dtype=None, layout=torch.contig
     for after each phase, which a training would not do.
     """
     model.train()
-    times, marks = {}, [devices.clock(device)]
+    times = {}
+    marks = [devices.clock(device)]
 
     def done(phase):
         marks.append(devices.clock(device))

@@ -28,7 +28,8 @@ def results_table(folder=IMAGES):
     head = ["recipe", "what", "claim: train / test", "test", "with flip", "train", "epochs", "time"]
     rows, without_run = [], []
     for folder_name, what, source in files.read_table(Path(folder, "recipes.csv")).values:
-        name, path = folder_name.partition("/")[0], Path(folder, folder_name, "runs.csv")
+        name = folder_name.partition("/")[0]
+        path = Path(folder, folder_name, "runs.csv")
         claimed = recipe(name).claimed
         claims = [f"{claimed[split]:.2f}" if split in claimed else "–"
                   for split in ("train", "test")]
@@ -138,7 +139,8 @@ def accuracy_by_epoch(folder=IMAGES):
 
 def range_test(folder=IMAGES):
     """Plots the range test of s10 that range_test.csv holds, and the rates chosen from it."""
-    found, settings = files.read_table(Path(folder, "s10", "range_test.csv")), recipe("s10")
+    found = files.read_table(Path(folder, "s10", "range_test.csv"))
+    settings = recipe("s10")
     return plotting.lr_finder_curve(
         found["lr"], found["smoothed"], raw_losses=found["loss"],
         suggestion=optimization.suggested_lr(found),
