@@ -287,7 +287,8 @@ def compare_curves(histories, published=None, *, ax=None):
     for name, rows, style in curves:
         last = rows["test_acc"].iloc[-1]
         ax.plot(rows["epoch"], rows["test_acc"], label=f"{name} {last:.2f}", **style)
-    ax.set_ylim(last // 20 * 10, 100)
+    lowest = min(line.get_ydata()[-1] for line in ax.lines)
+    ax.set_ylim(lowest // 20 * 10, 100)
     _name_epochs(ax, "test accuracy, %")
     _legend_above(ax, 2)
     return ax
@@ -413,7 +414,8 @@ def time_by_phase(phases, *, ax=None):
     for bars in ax.containers:
         ax.bar_label(bars, fmt=lambda time: f"{time:.3g}" if time > 0.08 * totals.max() else "",
                      label_type="center")
-    ax.bar_label(bars, [f"{total:.3g} ms" for total in totals], padding=4)
+    ends = [f"{total:.3g} ms" for total in totals]
+    ax.bar_label(ax.containers[-1], ends, padding=4)
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.set(xlim=(0, 1.14 * totals.max()), xlabel="milliseconds an image")
