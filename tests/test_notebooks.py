@@ -185,10 +185,10 @@ def pictures(tmp_path, monkeypatch):
     return tiny_images()
 
 
-def record_weights(images):
-    """Those of a recorded run of s10."""
-    about = run.weights_metadata(recipe("s10"), images)
-    files.save_tensors(Small(3).state_dict(), files.IMAGES / "s10/weights.safetensors", about)
+def record_weights(images, name="s10"):
+    """Those of a recorded run."""
+    about = run.weights_metadata(recipe(name), images)
+    files.save_tensors(Small(3).state_dict(), files.IMAGES / name / "weights.safetensors", about)
 
 
 @pytest.mark.parametrize("device, weights, wanted, train, epochs", [
@@ -211,6 +211,13 @@ def test_a_cpu_takes_what_is_recorded(
     ]
     said = capsys.readouterr().out
     assert ("read from images/s10" in said, "5 of 24 epochs" in said) == (not train, epochs == 5)
+
+
+def test_a_run_with_validation_images_is_known_by_those_it_trained_on(pictures):
+    images = data.with_validation(pictures, fraction=0.1)
+    record_weights(images, "s12")
+    _, begun, *_, train = begin("s12")
+    assert (begun.fingerprint, train) == (images.fingerprint, False)
 
 
 def test_what_is_recorded_is_for_the_images_that_it_was_made_on(pictures):
