@@ -495,6 +495,17 @@ def test_processes_evaluate_each_image_once_in_as_many_batches(images, processes
                               sorted(image.numpy().tobytes() for image in normalized))
 
 
+def test_processes_evaluate_the_same_statistics(small_network):
+    """Those of averaged weights too. Here the mean over processes is one more than this one's."""
+    settings = recipe("s12").replace(averaging=0.9)
+    module = lightning_loop.Classifier(models.build(settings, tiny_images()), settings)
+    strategy = SimpleNamespace(reduce=lambda buffer, reduce_op: buffer + (reduce_op == "mean"))
+    module.trainer = SimpleNamespace(strategy=strategy)
+    module.on_validation_start()
+    for network in (module.model, module.average):
+        assert network.prep[1].running_mean.tolist() == 4 * [1.0]
+
+
 def test_batch_that_can_not_be_shared(images):
     datamodule = as_process(lightning_loop.ImageDataModule(recipe("s12"), images), processes=3)
     with pytest.raises(InputError, match="multiple of 3"):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from conftest import CPU, Small, assert_same_state, tiny_images
 from utils import InputError
 from utils.batches import training_batches
+from utils.devices import autocast
 from utils.models import build
 from utils.optimization import (
     lr_range_test,
@@ -276,7 +277,8 @@ def test_suggestion_is_the_steepest_fall_before_the_lowest():
     {"logit_scale": 0.5}, {"label_smoothing": 0.3}, {"gradient_clip": 0.01},
     {"logit_scale": 0.5, "label_smoothing": 0.3, "gradient_clip": 0.01},
 ], ids=str)
-def test_range_test_trains_as_the_recipe_says(changes):
+@pytest.mark.parametrize("dtype, rel", [(None, 1e-5), (torch.float16, 2e-3)], ids=str)
+def test_range_test_trains_as_the_recipe_says(changes, dtype, rel):
     """Unsmoothed its losses are those of a loop by hand, to the last of the steps."""
     settings = SGD.replace(**changes)
     model, batches, optimizer = make_task(settings)
@@ -284,7 +286,9 @@ def test_range_test_trains_as_the_recipe_says(changes):
     rates = [0.01 * 10 ** (i / 9) for i in range(10)]
     for rate, (images, labels) in zip(rates, [*batches, *batches], strict=False):
         stepper.zero_grad()
-        loss = F.cross_entropy(by_hand(images), labels, label_smoothing=settings.label_smoothing)
+        with autocast(CPU, dtype):
+            logits = by_hand(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
         loss.backward()
         for parameter in by_hand.parameters():
             if settings.gradient_clip:
@@ -295,12 +299,12 @@ def test_range_test_trains_as_the_recipe_says(changes):
         stepper.step()
         expected.append(loss.item())
     found = lr_range_test(
-        model, batches, optimizer, settings, start_lr=0.01, end_lr=0.1, steps=10
+        model, batches, optimizer, settings, start_lr=0.01, end_lr=0.1, steps=10, dtype=dtype
     )
     assert list(found["lr"]) == pytest.approx(rates)
-    assert list(found["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert list(found["loss"]) == pytest.approx(expected, rel=rel)
     smoothed = accumulate(expected, lambda mean, loss: 0.2 * loss + 0.8 * mean)
-    assert list(found["smoothed"]) == pytest.approx(list(smoothed), rel=1e-5)
+    assert list(found["smoothed"]) == pytest.approx(list(smoothed), rel=rel)
 
 
 @pytest.mark.parametrize("name", RECIPES)

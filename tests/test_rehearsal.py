@@ -140,6 +140,7 @@ def test_range_test_and_questions(gpu, tmp_path):
         files.save_tensors(model.state_dict(), tmp_path / "weights.safetensors", about)
         model = load_weights(tmp_path / "weights.safetensors").to(how["device"])
         maps = explain.grad_cam(model, images.test_images, images.test_labels)
+        assert maps.device.type == "cpu"
         plotting.heat(images.test_images, maps).numpy()
         ours, theirs = (explain.embeddings(model, each) for each in (
             images.test_images, images.train_images

@@ -90,7 +90,10 @@ def update_average(average, model, share, *, first):
     """Has the network `average` keep that `share` of itself, and take the rest from `model`.
 
     That is weights and running statistics; in the `first` step of all it takes everything.
-    Without waiting for the device, which torch's AveragedModel does twice.
+    Without waiting for the device, which torch's AveragedModel does twice. Statistics computed anew
+    for the averaged weights would cost a pass over the training images. At the end of a run of
+    s10_best (a quarter of the channels, 10,000 images, 8 epochs) they gave the same accuracy, 79.35
+    instead of 79.60 % of 2,000, and a lower loss, 0.69 instead of 0.79.
     """
     if first:
         average.load_state_dict(model.state_dict())
@@ -116,6 +119,7 @@ def lr_range_test(
     Source: Smith, "Cyclical learning rates for training neural networks" (2017).
     """
     device = next(model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     finder = LRFinder(
         model,
         optimizer,
@@ -123,13 +127,13 @@ def lr_range_test(
         device=device,
         amp_backend="torch",
         amp_config={"device_type": device.type, "dtype": dtype, "enabled": dtype is not None},
-        grad_scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        grad_scaler=scaler,
     )
 
     def before_step(*_):  # the library knows one rate, and no clipping
         for group in optimizer.param_groups:
             group["lr"] = optimizer.param_groups[0]["lr"] * group.get("factor", 1)
-        clip_gradients(model, recipe)
+        clip_gradients(model, recipe, scale=scaler.get_scale())
 
     lr_finder.tqdm = progress_bar  # its own is a widget in notebooks
     hook = optimizer.register_step_pre_hook(before_step)
@@ -168,7 +172,10 @@ def suggested_lr(found):
     return found["lr"][int(np.gradient(before_lowest).argmin())]
 
 
-def clip_gradients(model, recipe):
-    """Where the recipe says so, brings each gradient's element to its largest value."""
+def clip_gradients(model, recipe, *, scale=1.0):
+    """Where the recipe says so, brings each gradient's element to its largest value.
+
+    `scale`: by which all gradients are too large, of float16.
+    """
     if recipe.gradient_clip:
-        torch.nn.utils.clip_grad_value_(model.parameters(), recipe.gradient_clip)
+        torch.nn.utils.clip_grad_value_(model.parameters(), scale * recipe.gradient_clip)
