@@ -162,6 +162,15 @@ def test_phases_of_five_steps_after_the_first(monkeypatch):
     }
 
 
+def test_phases_are_measured_in_processes_of_their_own(monkeypatch):
+    """A plain training's is not set up for speed."""
+    monkeypatch.setattr(benchmark, "own_process", lambda *given, **how: (*given, how))
+    assert benchmark.step_phases("images", device=CPU) == {
+        "plain": (None, benchmark.plain_phases, "images", {"device": CPU}),
+        "ours": (benchmark.devices.prepare, benchmark.our_phases, "images", {"device": CPU}),
+    }
+
+
 def test_phases_of_the_picture_are_the_rows_of_the_table(measured, rows):
     assert measured[1] == {
         way: {
