@@ -183,14 +183,6 @@ def test_the_surest_mistakes_come_first(rows, count, true, predicted):
     assert [sureness[i] for i in found] == sorted((sureness[i] for i in fits), reverse=True)[:count]
 
 
-def test_captions_name_both_classes_and_their_probabilities():
-    shares = torch.tensor([[0.5, 0.25, 0.25], [0.03, 0.9, 0.07], [0.125, 0.75, 0.125]])
-    results = Results(shares.log(), torch.tensor([0, 2, 0]), ("cat", "dog", "ship"))
-    assert demo.captions(results, torch.tensor([2, 1])) == [
-        "cat 12 % → dog 75 %", "ship 7 % → dog 90 %"
-    ]
-
-
 def test_the_nearest_training_images_of_one_are_itself_first(network):
     images = data.load("sample")
     (picture, name), *others = network.nearest(images.train_images[13:14])
@@ -456,7 +448,7 @@ def test_a_browser_shows_answers_mistakes_and_results(browser, network, model, p
                       all_of("[data-testid=toast-text]", "textContent")))
 
     results = network.results
-    expected = demo.captions(results, demo.surest_mistakes(results, 10))
+    expected = results.captions(demo.surest_mistakes(results, 10))
     until(lambda: len(all_of("[role=tab]", "isConnected")) >= 3)
     browser.find_element("xpath", "//button[@role='tab'][.='Where it errs']").click()
     until(lambda: [text.strip() for text in all_of(".caption-label", "textContent")][-10:]

@@ -203,7 +203,7 @@ def test_misclassified_grid_names_truth_prediction_and_confidence_of_wrong_pictu
     results, images = Results(logits, torch.tensor([0, 0, 2, 1]), CLASSES), pictures(4)
     axes = plotting.misclassified_grid(results, images)
     titles = [ax.get_title() for ax in axes.flat]
-    assert titles == ["cat\n→ dog 91 %", "an unusually long class name\n→ cat 45 %"]
+    assert titles == ["cat 5 %\n→ dog 91 %", "an unusually long class name 27 %\n→ cat 45 %"]
     assert torch.equal(shown(axes), images[[0, 2]])
 
 

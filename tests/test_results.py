@@ -63,6 +63,14 @@ def test_most_confused_pairs_have_the_most_mistakes(results, count):
     assert sorted(found.values()) == sorted(mistakes.values())[-count:]
 
 
+def test_captions_name_both_classes_and_their_probabilities():
+    shares = torch.tensor([[0.5, 0.25, 0.25], [0.03, 0.9, 0.07], [0.125, 0.75, 0.125]])
+    results = Results(shares.log(), torch.tensor([0, 2, 0]), ("cat", "dog", "ship"))
+    assert results.captions(torch.tensor([2, 1])) == [
+        "cat 12 % → dog 75 %", "ship 7 % → dog 90 %"
+    ]
+
+
 def test_confusion_has_true_classes_in_rows_and_leaves_the_missing_out_of_the_shares():
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     logits = torch.eye(4)[[0, 1, 1, 1, 2, 2]]

@@ -163,7 +163,7 @@ class Network:
             return []
         classes = self.results.predictions[indices]
         wrong = shown(self.model, self.images(indices), classes, layer, opacity)
-        return list(zip(wrong, captions(self.results, indices), strict=True))
+        return list(zip(wrong, self.results.captions(indices), strict=True))
 
 
 def first_of_each(results):
@@ -215,16 +215,6 @@ def surest_mistakes(results, count, true="", predicted=""):
             wrong &= labels == results.classes.index(name)
     order = results.confidences.argsort(descending=True)
     return order[wrong[order]][:count]
-
-
-def captions(results, indices):
-    """["cat 3 % → dog 97 %"]: true and predicted class of each."""
-    pairs = torch.stack([results.labels, results.predictions], 1)[indices]
-    shares = 100 * results.logits[indices].softmax(1).gather(1, pairs)
-    return [
-        f"{results.classes[true]} {low:.0f} % → {results.classes[predicted]} {high:.0f} %"
-        for (true, predicted), (low, high) in zip(pairs.tolist(), shares.tolist(), strict=True)
-    ]
 
 
 def class_list(classes):

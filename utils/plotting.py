@@ -166,18 +166,14 @@ def augmentation_grid(originals, augmented):
 
 
 def misclassified_grid(results, images, *, count=10, columns=5):
-    """Shows wrongly classified pictures: the true class, the predicted one and its probability.
+    """Shows wrongly classified pictures: true and predicted class, and the network's probabilities.
 
     `results`: a `Results` of `images`, uint8 (N, 3, H, W), of which it chooses at most `count`.
     There must be one. Returns the axes (rows, columns).
     """
     wrong = results.misclassified(count)
-    names = class_names(results.classes)
-    titles = [
-        f"{names[results.labels[i]]}\n"
-        f"→ {names[results.predictions[i]]} {100 * results.confidences[i]:.0f} %"
-        for i in wrong.tolist()
-    ]
+    captions = results.captions(wrong, class_names(results.classes))
+    titles = [caption.replace(" → ", "\n→ ") for caption in captions]
     return image_grid(images[wrong], titles, columns=columns)
 
 

@@ -98,6 +98,19 @@ class Results:
         wrong = (~self.right).nonzero().squeeze(1)
         return wrong[torch.linspace(0, len(wrong) - 1, min(count, len(wrong))).long()]
 
+    def captions(self, indices, classes=None):
+        """["cat 3 % → dog 97 %"]: true and predicted class of each, with their probabilities.
+
+        `classes`: what to call them; None: their names.
+        """
+        names = classes or self.classes
+        shares = 100 * self.logits[indices].softmax(1)
+        rows = zip(self.labels[indices], self.predictions[indices], shares, strict=True)
+        return [
+            f"{names[true]} {share[true]:.0f} % → {names[predicted]} {share[predicted]:.0f} %"
+            for true, predicted, share in rows
+        ]
+
     def most_confused(self, count=3):
         """The pairs of classes with the most mistakes, either way: [(mistakes, name, name), …]."""
         errors = self.confusion.clone().fill_diagonal_(0)
