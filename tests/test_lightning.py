@@ -232,9 +232,9 @@ def test_checkpoint_knows_its_run(out, images, small_network, tmp_path):
     settings = recipe("s12").scaled(epochs=3, batch_size=12).replace(cutout=2)
     assert checkpoint["epoch"] == 2
     assert checkpoint["identity"] == {
-        "recipe": settings.settings(), "processes": 1, "seed": 0, "data": images.fingerprint,
+        "recipe": settings.settings(), "process count": 1, "seed": 0, "data": images.fingerprint,
     }
-    with pytest.raises(InputError, match="its processes differs"):
+    with pytest.raises(InputError, match="its process count differs"):
         run.train_lightning(settings, images, device=CPU, devices=2, out=out, resume=True)
 
 

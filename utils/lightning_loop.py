@@ -284,7 +284,7 @@ def fit_trainer(trainer, module, datamodule, *, resume=False):
     table = next(callback for callback in trainer.callbacks if isinstance(callback, EpochTable))
     checkpoint = Path(trainer.checkpoint_callback.dirpath) / CHECKPOINT
     begun = checkpoint if resume and checkpoint.exists() else None
-    module.identity["processes"] = trainer.world_size
+    module.identity["process count"] = trainer.world_size
     module.train()  # Lightning keeps the mode that it finds
     if begun:
         files.read_checkpoint(begun, module.identity)

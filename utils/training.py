@@ -144,7 +144,7 @@ def run_identity(recipe, *, processes=1, **others):
 
     Not in device and precision: a run can go on where another one is fast.
     """
-    return {"recipe": recipe.settings(), "processes": processes, **others}
+    return {"recipe": recipe.settings(), "process count": processes, **others}
 
 
 def fit(
