@@ -445,12 +445,10 @@ def test_odd_names_are_drawn_as_they_are_or_by_number(draw, there, monkeypatch):
         manager = plotting.font_manager.fontManager
         fonts = [font for font in manager.ttflist if font.name == "DejaVu Sans"]
         monkeypatch.setattr(manager, "ttflist", fonts)
-    plotting._fonts.cache_clear()
     figure = np.ravel(draw(replace(RESULTS, classes=ODD_NAMES)))[0].figure
     figure.draw_without_rendering()
     drawn = {text.get_text() for text in figure.findobj(Text)}
     assert plotting.numbered(ODD_NAMES) == ([] if there else [f"#2 is {ODD_NAMES[2]}"])
-    plotting._fonts.cache_clear()
     last = plotting.as_text(ODD_NAMES[2]) if there else "#2"
     assert any(last in text for text in drawn) and any(r"\$\$" in text for text in drawn)
 

@@ -7,8 +7,8 @@ so.
 """
 
 import copy
-import functools
 import math
+import os
 import textwrap
 from itertools import cycle, zip_longest
 
@@ -64,35 +64,22 @@ def use_style():
         set_matplotlib_formats("retina")
 
 
-@functools.cache
-def _fonts(text):
-    """(fonts of the system for what matplotlib's own lacks, the characters that none of them has).
-    """
-    own = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    fonts = []
-    lacking = {character for character in text if ord(character) not in own}
-    for font in font_manager.fontManager.ttflist if lacking else ():
-        found = {ord(character) for character in lacking} & _characters(font.fname)
-        if found and not font.name.startswith("Last Resort"):  # which has a box for each
-            fonts.append(font.name)
-            lacking -= set(map(chr, found))
-    return fonts, lacking
-
-
-@functools.cache
-def _characters(path):
-    """The codes of those that a font has: none where it was removed since it was listed."""
-    try:
-        return font_manager.get_font(path).get_charmap().keys()
-    except OSError:
-        return set()
+def _without_glyph(characters, path):
+    """Those that a font has no picture of."""
+    font = font_manager.get_font(path)
+    return {character for character in characters if not font.get_char_index(ord(character))}
 
 
 def _lacking(text):
-    """The characters that can't be drawn; from now on fonts of the system draw what they can."""
-    fonts, lacking = _fonts(text)
-    family = plt.rcParams["font.family"]
-    plt.rcParams["font.family"] = [*family, *(font for font in fonts if font not in family)]
+    """The characters that no font has; fonts of the system help matplotlib's own from now on."""
+    lacking = _without_glyph(text, font_manager.findfont("DejaVu Sans")) - {"\n"}
+    for font in font_manager.fontManager.ttflist if lacking else ():
+        if os.path.exists(font.fname) and not font.name.startswith("Last Resort"):  # of boxes
+            family = plt.rcParams["font.family"]
+            left = _without_glyph(lacking, font.fname)
+            if left < lacking and font.name not in family:
+                plt.rcParams["font.family"] = [*family, font.name]
+            lacking = left
     return lacking
 
 

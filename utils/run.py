@@ -1,7 +1,6 @@
 """A training run: a recipe on an `ImageData`, into a folder."""
 
 import functools
-import itertools
 import json
 import os
 import platform
@@ -66,8 +65,7 @@ class Options:
         return self.devices * self.num_nodes
 
 
-# Whatever of these is there, a run is. The history comes first, and empty.
-FILES = ("history.csv", "weights.safetensors", "metrics.json", *files.CHECKPOINTS.values())
+FILES = ("weights.safetensors", "metrics.json", *files.CHECKPOINTS.values())  # make a run
 
 
 def folder_name(recipe, options):
@@ -107,20 +105,18 @@ def output_folder(recipe, options):
     one, can't be written to, or holds another run.
     """
     check_processes(recipe, options)
-    named = options.out or Path("runs", folder_name(recipe, options))
-    named = Path(os.path.expanduser(named))
+    named = Path(os.path.expanduser(options.out or Path("runs", folder_name(recipe, options))))
     if not is_first_process(options):
         yield named
         return
-    numbered = (named.with_name(f"{named.name}-{number}") for number in itertools.count(2))
     folders = [named]
-    if options.out is None and options.resume:
-        folders = [named, *itertools.takewhile(os.path.exists, numbered)][-1:]
-    elif options.out is None:
-        folders = itertools.filterfalse(os.path.exists, itertools.chain([named], numbered))
+    if options.out is None:
+        folders += [named.with_name(f"{named.name}-{number}") for number in range(2, 1000)]
+    if options.resume:
+        folders = [path for path in folders if os.path.exists(path)][-1:] or [named]
     for out in folders:
-        made = [path for path in (out, *out.parents) if not os.path.exists(path)]
-        if _reserve(out) or options.resume:
+        reserved = _reserve(out)
+        if reserved or options.resume:
             break
     else:
         raise InputError(
@@ -132,11 +128,14 @@ def output_folder(recipe, options):
     try:
         yield out
     finally:
-        if not any((out / name).exists() and (out / name).stat().st_size for name in FILES):
+        if reserved and not _holds_run(out):
             (out / "history.csv").unlink(missing_ok=True)
-            with suppress(OSError):
-                for path in made:
-                    path.rmdir()
+            with suppress(OSError):  # where it holds something else
+                os.removedirs(out)
+
+
+def _holds_run(out):
+    return any((out / name).exists() for name in FILES)
 
 
 def _reserve(out):
@@ -144,20 +143,18 @@ def _reserve(out):
 
     Raises InputError where it can't be one, or can't be written to.
     """
-    for path in (out, *out.parents):
-        if os.path.isfile(path):
-            raise InputError(f"{path} is a file; name another --out")
     with files.writing(out):
+        for path in (out, *out.parents):
+            if path.is_file():
+                raise InputError(f"{path} is a file; name another --out")
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as trial:
             trial.write(bytes(2**20))
-        if any((out / name).exists() for name in FILES):
-            return False
-        try:
-            (out / "history.csv").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-    return True
+        if not _holds_run(out):
+            with suppress(FileExistsError):
+                (out / "history.csv").touch(exist_ok=False)
+                return True
+    return False
 
 
 def run(recipe, images, options, out):
@@ -176,7 +173,7 @@ def run(recipe, images, options, out):
     print(f"data     {images}")
     print(textwrap.fill(f"recipe   {recipe}", 92, subsequent_indent=" " * 9))
     print(f"device   {devices.device_name(device)}, {devices.dtype_name(dtype)}")
-    print(f"output   {out}\n", flush=True)
+    print(f"output   {out}\n")
 
     how = {"seed": options.seed, "device": device, "dtype": dtype, "resume": options.resume}
     if recipe.loop == "lightning":
@@ -217,7 +214,7 @@ def run(recipe, images, options, out):
         f"\ntest accuracy {last['test_acc']:.2f} %, train accuracy {last['train_acc']:.2f} % at "
         f"epoch {last['epoch']} on {images.name}, in {elapsed}"
     )
-    print("figures  " + " ".join(str(path) for path in figures))
+    print("figures ", *figures)
     for line in plotting.numbered(images.classes):
         print(f"         {line}")
 

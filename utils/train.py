@@ -69,7 +69,7 @@ def as_command(*, hint=""):
     """
     plt.switch_backend("Agg")  # no window, no display needed
     try:
-        with contextlib.redirect_stdout(Output(sys.stdout)):
+        with contextlib.redirect_stdout(Output(sys.stdout or io.StringIO())):
             yield
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -93,18 +93,14 @@ class Output:
     """
 
     def __init__(self, stream):
-        self.stream = stream or io.StringIO()  # there is none under pythonw
+        self.stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
     def write(self, text):
-        encoding = self.stream.encoding or "utf-8"
-        self._do(self.stream.write, text.encode(encoding, "replace").decode(encoding))
-
-    def flush(self):
-        self._do(self.stream.flush)
-
-    def _do(self, action, *arguments):
         try:
-            action(*arguments)
+            self.stream.write(text)
+            self.stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
