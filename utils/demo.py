@@ -108,11 +108,9 @@ class Network:
             kept, _ = files.read_tensors(self.weights.with_name("images.safetensors"))
             return dict(zip(kept["indices"].tolist(), kept["images"], strict=True))
         images = self.test_data.test_images
-        results = self.results
-        some = slice(None, None, max(1, len(images) // 10))
-        if torch.equal(self.test_data.test_labels, results.labels):
-            shares = explain.probabilities(self.model, images[some])
-            if torch.allclose(shares, results.logits[some].softmax(1), atol=0.1):
+        if torch.equal(self.test_data.test_labels, self.results.labels):
+            shares = explain.probabilities(self.model, images[:10])
+            if torch.allclose(shares, self.results.logits[:10].softmax(1), atol=0.1):
                 return dict(enumerate(images))
         raise InputError(f"the recorded predictions are not of {self.test_data.name}; train anew")
 

@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,20 +37,23 @@ def whole_file(path):
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield part
             os.replace(part, path)
-    finally:
-        with suppress(OSError):  # it is not there, or its name is too long
-            part.unlink()
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def save_bytes(content, path):
+    with whole_file(path) as part:
+        part.write_bytes(content)
 
 
 def save_text(text, path):
     """As UTF-8, with the same line ends on all platforms."""
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
+    save_bytes(text.encode(), path)
 
 
 def save_table(rows, path):
@@ -89,8 +92,7 @@ def save_objects(objects, path):
     """By torch.save, which itself would leave half a file on a full disk and not say why."""
     content = io.BytesIO()
     torch.save(objects, content)
-    with whole_file(path) as part:
-        part.write_bytes(content.getbuffer())
+    save_bytes(content.getbuffer(), path)
 
 
 def read_checkpoint(path, identity=None, *, device="cpu"):
@@ -133,9 +135,7 @@ def save_tensors(tensors, path, metadata=None):
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # One entry, because safetensors writes several in an order that changes from file to file.
     about = {"run": json.dumps(metadata or {}, sort_keys=True)}
-    content = save(tensors, about)
-    with whole_file(path) as part:  # save_file would keep it from all other users
-        part.write_bytes(content)
+    save_bytes(save(tensors, about), path)  # save_file would keep it from all other users
 
 
 def read_tensors(path):

@@ -14,7 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import matplotlib.pyplot as plt
 import torch
 
 from utils import InputError, data, devices, files, plotting, training
@@ -296,20 +295,19 @@ def save_figures(out, recipe, images, results, history):
     steps_per_epoch = -(-len(images.train_images) // recipe.batch_size)
     rates = one_cycle_rates(recipe, total_steps=recipe.epochs * steps_per_epoch)
     drawn = {
-        "schedule": lambda: plotting.lr_schedule(rates, steps_per_epoch=steps_per_epoch),
-        "loss": lambda: plotting.loss_curves(history, smoothed=recipe.label_smoothing > 0),
-        "accuracy": lambda: plotting.accuracy_curves(history),
-        "per_class": lambda: plotting.per_class_accuracy(results),
-        "confusion": lambda: plotting.confusion_matrix(results),
+        "schedule": plotting.lr_schedule(rates, steps_per_epoch=steps_per_epoch),
+        "loss": plotting.loss_curves(history, smoothed=recipe.label_smoothing > 0),
+        "accuracy": plotting.accuracy_curves(history),
+        "per_class": plotting.per_class_accuracy(results),
+        "confusion": plotting.confusion_matrix(results),
     }
     if results.accuracy < 100:
-        drawn["misclassified"] = lambda: plotting.misclassified_grid(results, images.test_images)
+        drawn["misclassified"] = plotting.misclassified_grid(results, images.test_images)[0, 0]
     paths = []
-    for name, draw in drawn.items():
-        draw()
-        plt.gcf().suptitle(plotting.as_text(figure_title(recipe, images)), wrap=True)
+    for name, ax in drawn.items():
+        ax.figure.suptitle(plotting.as_text(figure_title(recipe, images)), wrap=True)
         paths.append(out / f"{name}.png")
-        files.save_figure(plt.gcf(), paths[-1])
+        files.save_figure(ax.figure, paths[-1])
     return paths
 
 
