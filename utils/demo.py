@@ -5,7 +5,6 @@ uint8 arrays (H, W, 3).
 """
 
 import functools
-import os
 import re
 import shutil
 import string
@@ -63,7 +62,7 @@ def main(arguments=None):
     with as_command():
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.demo")
         if args.export:
-            export(Path(os.path.expanduser(args.export)), args.weights, args.data)
+            export(args.export.expanduser(), args.weights, args.data)
         else:
             page(args.weights, args.data).launch(share=args.share)
 

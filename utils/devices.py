@@ -102,13 +102,8 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def synchronize(device):
-    """Waits until the device has done what it was told to."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def clock(device):
     """The seconds of a clock, read when the device has done what it was told to."""
-    synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()

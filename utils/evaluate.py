@@ -46,8 +46,7 @@ def main(arguments=None):
         images = data.load(args.data, train=False, resize=model.size)
         print(
             f"data     {images.name}: {len(images.test_images):,} test images of {size} pixels\n"
-            f"device   {devices.device_name(device)}, {devices.dtype_name(dtype)}\n",
-            flush=True,
+            f"device   {devices.device_name(device)}, {devices.dtype_name(dtype)}\n"
         )
         plain, flipped = explain.plain_and_flipped(model, images, dtype=dtype)
         print(report(plain, flipped))

@@ -179,8 +179,7 @@ class EpochTable(Callback):
         self.bar.update(len(batch[1]) * trainer.world_size)
 
     def on_train_epoch_end(self, trainer, module):
-        metrics = trainer.callback_metrics
-        known = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        known = {name: value.item() for name, value in trainer.callback_metrics.items()}
         row = training.history_row(
             trainer.current_epoch + 1, lr=self.rate, images=self.images, seconds=self.seconds,
             device=module.device, dtype=self.dtype,

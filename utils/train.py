@@ -88,8 +88,8 @@ def _silence():
 
 
 class Output:
-    """Standard output that stops no command: "?" stands for what its encoding lacks, and where
-    nobody reads on (`… | head`) it goes nowhere.
+    """Standard output, at once, that stops no command: "?" stands for what its encoding lacks, and
+    where nobody reads on (`… | head`) it goes nowhere.
     """
 
     def __init__(self, stream):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -190,7 +189,6 @@ def fit(
             if checkpoint:
                 files.save_checkpoint(checkpoint, identity, history, parts)
             bar.write(ROW.format(**history[-1]))
-            sys.stdout.flush()
     if average:
         model.load_state_dict(average.state_dict())
     model.eval()

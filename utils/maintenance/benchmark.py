@@ -61,7 +61,7 @@ def main(arguments=None):
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.maintenance.benchmark")
         device = devices.pick_device(args.device)
         name = f"{devices.device_name(device)}, {devices.dtype_name(devices.amp_dtype(device))}"
-        print(name, flush=True)
+        print(name)
         images = args.images or (3 if device.type == "cpu" else 50) * BATCH_SIZE
         table, phases = measure(device=device, images=images, repeats=args.repeats)
         print(table.to_string(index=False, float_format="{:,.2f}".format))
