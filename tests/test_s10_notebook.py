@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ PATH = Path(__file__).parents[1] / "S10_custom_resnet.ipynb"
 # What the cells are told by.
 SETTINGS, EXERCISE = 'notebook.begin("s10")', "# Change the recipe here"
 RANGE_TEST, SHORT_RUNS, SCHEDULE = "lr_range_test(", "hold_out(", "one_cycle_rates(recipe"
-FIT, TARGET, LAST = "model, history = run.train_plain(", "target':>10", "tables.ladder_table()"
+FIT, TARGET, LAST = "model, history = run.train_plain(", "target':>10", "plotting.ladder("
 LOSSES, DECAYS = "plotting.loss_curves(", "decays = {\n"
 PHASES = {"input": 1.0, "forward": 2.0, "backward": 3.0, "optimizer": 0.5}
 
@@ -232,8 +233,8 @@ def test_curves_are_whole_and_a_smoothed_loss_is_called_so(reader):
 def test_the_schedule_of_short_runs_is_as_planned(steps, epochs):
     reader = Reader(PATH)
     reader.names |= {
-        "optimization": optimization, "plotting": plotting, "train_batches": range(steps),
-        "recipe": recipes.recipe("s10").scaled(epochs=epochs),
+        "math": math, "optimization": optimization, "plotting": plotting,
+        "train_batches": range(steps), "recipe": recipes.recipe("s10").scaled(epochs=epochs),
     }
     reader.run(SCHEDULE, "wanted = ")
 
