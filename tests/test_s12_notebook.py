@@ -9,7 +9,7 @@ from unittest import mock
 import nbformat
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, chi2
 
 from tests.conftest import CPU, Reader, assert_same_state, without_times, write_folder
 from utils import (
@@ -213,7 +213,9 @@ def figures_on_file():
         first.accuracy, second.accuracy, first.calibration_error, second.calibration_error,
         *(100 * each.confidences.mean().item() for each in (first, second)),
         binomtest(alone[0], sum(alone)).pvalue, *errors.values(), sum(alone) ** 0.5 / 100,
-        2**0.5 * errors["test"], (errors["val"] ** 2 + errors["test"] ** 2) ** 0.5, 512 / 456,
+        (sum(each.accuracy * (100 - each.accuracy) for each in (first, second)) / 10000) ** 0.5,
+        first.accuracy - second.accuracy, (errors["val"] ** 2 + errors["test"] ** 2) ** 0.5,
+        512 / 456,
     ]
     return {f"{value:.2f}" for value in values} | {"0.05", "0.50"}
 
@@ -235,9 +237,10 @@ def test_counts_in_the_prose_are_those_on_file():
         results.read_predictions(files.IMAGES / name / "predictions.safetensors")
         for name in ("s10", "s12")
     )
-    (wrong, sure), (wrong10, sure10) = (
-        ((~each.right).sum(), (~each.right & (each.confidences > 0.9)).sum())
-        for each in (second, first)
+    wrong = (~second.right).sum()
+    (sure10, all10), (sure, all12) = (
+        ((~each.right & (each.confidences > 0.9)).sum(), (each.confidences > 0.9).sum())
+        for each in (first, second)
     )
     alone = [(a.right & ~b.right).sum().item() for a, b in [(first, second), (second, first)]]
     cat, dog = (second.classes.index(name) for name in ("cat", "dog"))
@@ -247,7 +250,13 @@ def test_counts_in_the_prose_are_those_on_file():
     errors = second.confusion.clone().fill_diagonal_(0)
     predicted = second.confusion.sum(0)
     shown = second.confidences[second.misclassified(10)]
-    sides = [100 * each.confidences[~each.right].mean() for each in (second, first)]
+    surer10, surer = (
+        100 * (each.confidences[each.right, None] > each.confidences[~each.right]).float().mean()
+        for each in (first, second)
+    )
+    one = first.labels[first.right & ~second.right].bincount(minlength=10)
+    other = first.labels[second.right & ~first.right].bincount(minlength=10)
+    uneven = ((one - other) ** 2 / (one + other)).sum()
     above = (s12["val_acc"] > s12["test_acc"]).sum()
     for text in (
         f"AMD EPYC with bfloat16 instructions, {minutes:.0f} minutes",
@@ -259,15 +268,20 @@ def test_counts_in_the_prose_are_those_on_file():
         f"easiest ({second.per_class['automobile']:.1f} %)",
         f"Most mistakes, {errors[same].sum()}, stay among",
         f"lie between {predicted.min()} and {predicted.max():,}",
-        f"Of all {wrong} mistakes only {sure} are made with more than 90 %. In S10 it was "
-        f"{sure10} of {wrong10}",
-        f"disagree on {sum(alone)} images, and these are divided {alone[0]} to {alone[1]}",
-        f"S12 is {sides[0]:.0f} % sure on average, S10 {sides[1]:.0f} %",
+        f"Of all {wrong} mistakes only {sure} are made with more than 90 %. But this network "
+        f"gives only {all12:,} of its 10,000 answers with so much",
+        f"only {sure} mistakes of S12 lie above 90 %, and {sure10} of S10",
+        f"with {all12:,} answers above 90 % against {all10:,}",
+        f"in {surer10:.0f} of 100 such pairs for S10, and in {surer:.0f} for S12",
+        f"{uneven:.1f} or more in only {1000 * chi2.sf(uneven, 10):.0f} of 1,000 cases",
+        f"On {sum(alone)} images exactly one of the networks is right, and these are divided "
+        f"{alone[0]} to {alone[1]}",
     ):
         assert text in prose
     assert min(second.per_class, key=second.per_class.get) == "cat"
     assert max(second.per_class, key=second.per_class.get) == "automobile"
     assert (shown < 0.5).sum() == 5  # "In five of these ten"
+    assert round(100 * (s12["test_acc"][23] - second.accuracy)) == 3  # "three fewer"
     assert s12["val_acc"].idxmax() == 23 and s12["val_acc"][:13].idxmax() == 10
     assert s12["val_acc"][11:14].max() < s12["val_acc"][10]  # where early stopping would stop
 
