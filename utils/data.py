@@ -91,7 +91,7 @@ def channel_statistics(images):
     the mean of each image's own deviation, which is smaller.)
     """
     values = torch.arange(256, dtype=torch.float64) / 255
-    channels = images.cpu().transpose(0, 1).flatten(1)
+    channels = images.transpose(0, 1).flatten(1)
     counts = torch.stack([torch.bincount(c, minlength=256) for c in channels])
     shares = counts.double() / channels.shape[1]
     mean = shares @ values
@@ -116,8 +116,8 @@ class Normalization:
 
     def inverse(self, images):
         """Normalised float images to float images in 0..1, for pictures."""
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        return (images * std + mean).clamp(0, 1)
+        images = images * self.std.to(images.device) + self.mean.to(images.device)
+        return images.clamp(0, 1)
 
 
 def load(source="cifar10", *, root="data", train=True, resize=None):
@@ -137,8 +137,9 @@ def load(source="cifar10", *, root="data", train=True, resize=None):
         raise InputError(f"{images.name} is not resized; only the pictures of a folder are")
     if train:
         return images
-    none = {name: getattr(images, name)[:0] for name in ("train_images", "train_labels")}
-    return replace(images, **none)
+    return replace(
+        images, train_images=images.train_images[:0], train_labels=images.train_labels[:0]
+    )
 
 
 def builtin_sample():
@@ -148,7 +149,7 @@ def builtin_sample():
     return ImageData(name, sample.CLASSES, *images, sample.EPOCHS, sample.BATCH_SIZE)
 
 
-def cifar10(root="data"):
+def cifar10(root):
     """CIFAR-10 through torchvision: 50,000 and 10,000 images, checked against their checksums.
 
     Downloads 170 MB at first. Raises InputError without a network or where a checksum fails.
@@ -234,9 +235,11 @@ def _read_pictures(names, size, shape, split):
     except MemoryError as error:
         raise InputError(f"{len(names):,} pictures don't fit into memory; {RESIZE}") from error
     with ThreadPoolExecutor() as pool:
-        pictures = pool.map(partial(read_picture, size=size), names)
-        desc = f"reading {split} pictures"
-        for i, picture in enumerate(progress_bar(pictures, total=len(names), desc=desc)):
+        pictures = progress_bar(
+            pool.map(partial(read_picture, size=size), names), total=len(names),
+            desc=f"reading {split} pictures",
+        )
+        for i, picture in enumerate(pictures):
             if picture.shape != shape:
                 pool.shutdown(cancel_futures=True)  # the others are not read
                 raise InputError(
@@ -305,42 +308,42 @@ def halve(data):
     )
 
 
-def validation_split(labels, *, fraction=0.1, seed=0):
-    """Sorted indices int64 (training, validation): `fraction` of each class, drawn by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
+def validation_split(labels, fraction):
+    """Which images are for validation, bool (N,): `fraction` of each class, always the same."""
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=generator)
         chosen[members[order[: round(fraction * len(members))]]] = True
-    return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
+    return chosen
 
 
-def with_validation(data, *, fraction=0.1, seed=0):
+def with_validation(data, *, fraction=0.1):
     """The data with a validation split of its training images set aside; none for fraction 0.
 
     Raises InputError where all classes are too small for that.
     """
     if not fraction:
         return data
-    train, validation = validation_split(data.train_labels, fraction=fraction, seed=seed)
-    if not len(validation):
+    chosen = validation_split(data.train_labels, fraction)
+    if not chosen.any():
         raise InputError(
             f"{data.name} has too few training images to set {fraction:.0%} of each class aside; "
             "give more"
         )
     return replace(
         data,
-        train_images=data.train_images[train],
-        train_labels=data.train_labels[train],
-        validation_images=data.train_images[validation],
-        validation_labels=data.train_labels[validation],
+        train_images=data.train_images[~chosen],
+        train_labels=data.train_labels[~chosen],
+        validation_images=data.train_images[chosen],
+        validation_labels=data.train_labels[chosen],
     )
 
 
-def hold_out(data, *, fraction=0.1, seed=0):
+def hold_out(data):
     """The data with a validation split of its training images in the place of the test images."""
-    split = with_validation(data, fraction=fraction, seed=seed)
+    split = with_validation(data)
     return replace(
         split,
         name=f"{data.name}, tested on a held-out part of its training images",

@@ -146,7 +146,7 @@ class EpochTable(Callback):
     `dtype`: that of the training.
     """
 
-    def __init__(self, dtype=None):
+    def __init__(self, dtype):
         self.dtype, self.history = dtype, []
         self.bar = None
 
@@ -247,7 +247,7 @@ def make_trainer(
         trainer = Trainer(
             max_epochs=recipe.epochs,
             accelerator=device.type,
-            devices=[device.index] if devices == 1 and device.index is not None else devices,
+            devices=devices if device.index is None else [device.index],
             num_nodes=num_nodes,
             strategy=strategy,
             precision=PRECISION_NAMES[dtype],

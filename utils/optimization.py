@@ -37,7 +37,7 @@ def make_optimizer(model, recipe):
         for factor, members in groups.items()
     ]
     # fused: in float16 all others wait in each step for the device to say whether it overflowed
-    settings = {"lr": recipe.min_lr, "weight_decay": recipe.weight_decay, "fused": True}
+    settings = {"weight_decay": recipe.weight_decay, "fused": True}
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
         for group in optimizer.param_groups:
@@ -147,13 +147,13 @@ def lr_range_test(
         hook.remove()
         finder.reset()
     found = pd.DataFrame(finder.history).rename(columns={"loss": "smoothed"})
-    finite = np.isfinite(found["smoothed"]).cummin()  # the library goes on after one that is not
-    found = found[finite]
+    # the library goes on after one that is not finite
+    found = found[np.isfinite(found["smoothed"]).cummin()]
     if len(found) < 2:
         raise InputError(f"the loss is not finite at a rate of {start_lr}; start lower")
     smoothed = found["smoothed"]
-    before = found["smoothed"].shift()
-    loss = ((smoothed - (1 - SMOOTHING) * before) / SMOOTHING).fillna(smoothed)  # the first
+    newest = (smoothed - (1 - SMOOTHING) * smoothed.shift()) / SMOOTHING
+    loss = newest.fillna(smoothed)  # the first
     return found.assign(loss=loss)[["lr", "loss", "smoothed"]]
 
 
@@ -168,8 +168,8 @@ def _all_epochs(batches):
 def suggested_lr(found):
     """Where the smoothed loss of a range test falls fastest on its way to the lowest."""
     losses = found["smoothed"].to_numpy()
-    before_lowest = losses[: max(int(losses.argmin()), 1) + 1]  # after it, noise decides
-    return found["lr"][int(np.gradient(before_lowest).argmin())]
+    before_lowest = losses[: max(losses.argmin(), 1) + 1]  # after it, noise decides
+    return found["lr"][np.gradient(before_lowest).argmin()]
 
 
 def clip_gradients(model, recipe, *, scale=1.0):

@@ -55,7 +55,7 @@ def use_style():
         "figure.figsize": (6.0, 3.6), "figure.constrained_layout.use": True, "savefig.dpi": 200,
         "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=styles), "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-        "grid.color": "#DDDDDD", "grid.linewidth": 0.6,
+        "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "image.interpolation": "nearest",
         "font.size": 9, "lines.linewidth": 1.6, "lines.markersize": 4,
     })
     if "inline" in plt.get_backend():  # a notebook, which does not heed savefig.dpi
@@ -117,18 +117,18 @@ def image_grid(images, titles, *, columns=10):
     return axes
 
 
-def sample_grid(images, labels, classes, *, per_class=8, seed=0):
+def sample_grid(images, labels, classes, *, per_class=8):
     """Shows a row of randomly drawn pictures for each class, its name at the left.
 
     `labels`: int64 (N,), positions in `classes`, the names. A class of fewer than `per_class`
-    pictures leaves places empty. `seed` alone chooses them. Returns the axes (C, per_class).
+    pictures leaves places empty. They are always the same. Returns the axes (C, per_class).
     """
     names = class_names(classes)
     longest = max(map(len, names))
     axes = _grid(len(names), per_class, (0.7, 0.7), left=0.08 * longest)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for index, name in enumerate(names):
-        members = (labels.cpu() == index).nonzero().flatten()
+        members = (labels == index).nonzero().flatten()
         chosen = members[torch.randperm(len(members), generator=generator)[:per_class]]
         for ax, picture in zip_longest(axes[index], _pixels(images[chosen])):
             _show(ax, picture)
@@ -152,7 +152,7 @@ def augmentation_grid(originals, augmented):
     return axes
 
 
-def misclassified_grid(results, images, *, count=10, columns=5):
+def misclassified_grid(results, images, *, count=10):
     """Shows wrongly classified pictures: true and predicted class, and the network's probabilities.
 
     `results`: a `Results` of `images`, uint8 (N, 3, H, W), of which it chooses at most `count`.
@@ -161,7 +161,7 @@ def misclassified_grid(results, images, *, count=10, columns=5):
     wrong = results.misclassified(count)
     captions = results.captions(wrong, class_names(results.classes))
     titles = [caption.replace(" → ", "\n→ ") for caption in captions]
-    return image_grid(images[wrong], titles, columns=columns)
+    return image_grid(images[wrong], titles, columns=5)
 
 
 def heat(images, maps, *, opacity=0.5):
@@ -171,11 +171,10 @@ def heat(images, maps, *, opacity=0.5):
     maximum and enlarged bilinearly. The colour is the more opaque the larger the value, up to
     `opacity`, and a map of zeros leaves its picture as it is.
     """
-    maps = maps.detach().float().cpu()
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo().tiny)
     maps = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear")
     colours = 255 * torch.from_numpy(plt.cm.inferno(maps[:, 0].numpy())[..., :3]).movedim(3, 1)
-    return torch.lerp(images.cpu().double(), colours, opacity * maps.double()).round().byte()
+    return torch.lerp(images.double(), colours, opacity * maps.double()).round().byte()
 
 
 def lr_finder_curve(lrs, losses, *, raw_losses, suggestion, min_lr, max_lr, ax=None):
@@ -252,20 +251,20 @@ def accuracy_band(histories, *, ax=None):
 def compare_curves(histories, published=None, *, ax=None):
     """Plots the test accuracy of several recipes by epoch, the last ones as numbers.
 
-    `histories`: {name: rows as for `accuracy_curves`}. `published`: {name: rows with `epoch` and
-    `test_acc`}, what the sources report; drawn thin, in the colour of the recipe of that name,
-    grey without one. Runs may differ in length. The axis begins at half the lowest last accuracy,
-    in tens; what lies below is cut off.
+    `histories`: {name: DataFrame with `epoch` and `test_acc`}. `published`: the same of what the
+    sources report; drawn thin, in the colour of the recipe of that name, grey without one. Runs
+    may differ in length. The axis begins at half the lowest last accuracy, in tens; what lies
+    below is cut off.
     """
     ax = _single(ax, (6.0, 4.4))
     colours = dict(zip(histories, cycle(COLOURS)))
     curves = []
     for name, rows in (published or {}).items():
         style = {"color": colours.get(name, GREY), "linestyle": "--", "linewidth": 0.9}
-        curves.append((f"{name}, source", pd.DataFrame(rows), style))
+        curves.append((f"{name}, source", rows, style))
     for (name, rows), marker in zip(histories.items(), cycle("os^DvP")):
         style = {"color": colours[name], "linestyle": "-", "marker": marker, "markersize": 3.5}
-        curves.append((name, pd.DataFrame(rows), style))
+        curves.append((name, rows, style))
     curves.sort(key=lambda curve: curve[1]["test_acc"].iloc[-1], reverse=True)
     for name, rows, style in curves:
         last = rows["test_acc"].iloc[-1]
@@ -321,7 +320,7 @@ def confusion_matrix(results, *, ax=None):
     # The square root lifts the many small shares off white.
     norm = PowerNorm(0.5, vmin=0, vmax=errors.max() or 1)
     colours = plt.get_cmap("Blues").with_extremes(bad="#E0E0E0")
-    image = ax.imshow(errors, cmap=colours, norm=norm, interpolation="nearest")
+    image = ax.imshow(errors, cmap=colours, norm=norm)
     ax.figure.colorbar(image, ax=ax, label="share of the true class, %", shrink=0.7)
     names = [as_text(name) for name in class_names(results.classes)]
     font = {"family": plt.rcParams["font.family"]}
@@ -425,8 +424,9 @@ def network(model, *, size=32, ax=None):
     ax.set_title(f"{type(model).__name__}: {total:,} parameters", fontsize=11)
 
     def arrow(start, end, **style):
-        style = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0, **style}
-        ax.annotate("", (end, 0), (start, 0), arrowprops=style)
+        ax.annotate("", (end, 0), (start, 0), arrowprops={
+            "arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0, **style,
+        })
 
     small = {"ha": "center", "va": "top", "fontsize": 8}
     radius = 7  # of a sum's circle, in points
@@ -479,7 +479,7 @@ def _pixels(images):
 
     Raises ValueError for floats outside 0..1.
     """
-    images = images.detach().cpu()
+    images = images.cpu()
     if images.is_floating_point():
         # Undoing a normalisation leaves rounding errors; anything larger is a mistake.
         if not -1e-3 <= images.min() <= images.max() <= 1 + 1e-3:
@@ -512,7 +512,7 @@ def _grid(rows, columns, cell, *, left=0.0):
 
 def _show(ax, picture=None):
     if picture is not None:
-        ax.imshow(picture, interpolation="nearest")
+        ax.imshow(picture)
     ax.set(xticks=[], yticks=[])  # set_axis_off would hide the label at the left of a row too
     ax.spines[:].set_visible(False)
 

@@ -49,8 +49,8 @@ def draw_sample():
         >>> train_images.shape, CLASSES[train_labels[3]]
         (torch.Size([800, 3, 32, 32]), 'triangle')
     """
-    train_images, train_labels = _draw(TRAIN, seed=[0, 0])
-    test_images, test_labels = _draw(TEST, seed=[1, 0])
+    train_images, train_labels = _draw(TRAIN, seed=0)
+    test_images, test_labels = _draw(TEST, seed=1)
     return train_images, train_labels, test_images, test_labels
 
 

@@ -62,14 +62,12 @@ def albumentations_pipeline(recipe, mean, std, *, size=(32, 32)):
             min_height=height + 2 * recipe.padding,
             min_width=width + 2 * recipe.padding,
             border_mode=borders[recipe.padding_mode],
-            fill=0,
         ),
         A.RandomCrop(height, width),
         A.HorizontalFlip(p=recipe.flip),
     ]
     if recipe.rotation:
-        limit = (-recipe.rotation, recipe.rotation)
-        steps.append(A.Rotate(limit, border_mode=cv2.BORDER_CONSTANT, fill=0, p=1))
+        steps.append(A.Rotate((-recipe.rotation, recipe.rotation), p=1))
     if recipe.brightness:
         # A factor. RandomBrightnessContrast would add, and turn the black border grey.
         limit = (1 - recipe.brightness, 1 + recipe.brightness)
@@ -77,11 +75,12 @@ def albumentations_pipeline(recipe, mean, std, *, size=(32, 32)):
         steps.append(A.ColorJitter(limit, contrast=off, saturation=off, hue=(0, 0), p=1))
     steps.append(A.Normalize(mean=tuple(map(float, mean)), std=tuple(map(float, std))))
     if recipe.cutout:
-        hole = {f"hole_{side}_range": (recipe.cutout,) * 2 for side in ("height", "width")}
+        side = (recipe.cutout, recipe.cutout)
         # after Normalize, so that 0 is the mean
-        steps.append(
-            A.CoarseDropout(num_holes_range=(1, 1), **hole, fill=0, p=recipe.cutout_share)
-        )
+        steps.append(A.CoarseDropout(
+            num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side,
+            p=recipe.cutout_share,
+        ))
     return A.Compose([*steps, ToTensorV2()])
 
 
@@ -125,10 +124,8 @@ def random_crop(images, padding, generator=None, *, mode="constant"):
 
 def random_flip(images, probability, generator=None):
     """Mirrors each image of (N, C, H, W) left to right with that probability."""
-    n = len(images)
-    flipped = torch.rand(n, device=images.device, generator=generator) < probability
-    both = torch.cat([images, images.flip(3)])
-    return both.index_select(0, torch.arange(n, device=images.device) + n * flipped)
+    numbers = torch.rand(len(images), device=images.device, generator=generator)
+    return torch.where(numbers.view(-1, 1, 1, 1) < probability, images.flip(3), images)
 
 
 def rotate(images, degrees):
@@ -144,7 +141,7 @@ def rotate(images, degrees):
     matrix = torch.stack(
         [cos, -sin * height / width, zero, sin * width / height, cos, zero], dim=1
     ).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    grid = F.affine_grid(matrix, images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 

@@ -44,16 +44,14 @@ class Arguments:
 
     device: str | None = None
     """None: the best there is"""
-    images: int | None = None
-    """an epoch; None: 50 batches on an accelerator, 3 on a CPU"""
     repeats: int = 2
     """epochs of each"""
     record: bool = False
     """keep the table, and a picture of where the time goes, in images/benchmark and the README"""
 
     def __post_init__(self):
-        if self.images is not None and self.images < 2 * BATCH_SIZE or self.repeats < 1:
-            raise InputError("--images must be at least two batches, and --repeats at least 1")
+        if self.repeats < 1:
+            raise InputError("--repeats must be at least 1")
 
 
 def main(arguments=None):
@@ -62,44 +60,43 @@ def main(arguments=None):
         device = devices.pick_device(args.device)
         name = f"{devices.device_name(device)}, {devices.dtype_name(devices.amp_dtype(device))}"
         print(name)
-        images = args.images or (3 if device.type == "cpu" else 50) * BATCH_SIZE
-        table, phases = measure(device=device, images=images, repeats=args.repeats)
+        batches = 3 if device.type == "cpu" else 50
+        table, by_phase = measure(
+            device=device, images=batches * BATCH_SIZE, repeats=args.repeats
+        )
         print(table.to_string(index=False, float_format="{:,.2f}".format))
         if args.record:
             folder = tables.IMAGES / "benchmark"
             files.save_table(table.assign(device=name), folder / "speeds.csv")
             plotting.use_style()
-            files.save_figure(plotting.time_by_phase(phases).figure, folder / "time_by_phase.png")
+            files.save_figure(plotting.time_by_phase(by_phase).figure, folder / "time_by_phase.png")
             tables.write()
 
 
-def measure(*, device, images, batch_size=BATCH_SIZE, repeats=2):
+def measure(*, device, images, repeats):
     """Everything, as a DataFrame: what, unit, median, lowest, highest; and `median_phases`."""
     dtype = devices.amp_dtype(device)
     pixels = noise(images)
-    how = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    how = {"device": device, "dtype": dtype}
     rows = []
 
-    def add(what, unit, values, per=(1,), scale=1.0):
-        middle = scale * statistics.median(values) / statistics.median(per)
-        low = scale * min(values) / max(per)
-        high = scale * max(values) / min(per)
-        rows.append(dict(what=what, unit=unit, median=middle, lowest=low, highest=high))
+    def add(what, unit, values, per=(1,)):
+        rows.append({
+            "what": what, "unit": unit,
+            "median": statistics.median(values) / statistics.median(per),
+            "lowest": min(values) / max(per), "highest": max(values) / min(per),
+        })
 
-    products = {
-        devices.dtype_name(each): own_process(None, matmul_rates, device, each)
-        for each in dict.fromkeys([torch.float32, dtype or torch.float32])
-    }
-    for name, rates in products.items():
-        add(f"matrix product, {name}", "GFLOP/s", rates, scale=1e-9)
+    product = own_process(None, matmul_rates, device, dtype)
+    add(f"matrix product, {devices.dtype_name(dtype)}", "GFLOP/s", product)
     speeds = training_speeds(pixels, epochs=1 + repeats, **how)
     for name, values in speeds.items():
         add(name, "images/s", values)
     add("our training over plain", "times", speeds[OURS], speeds[PLAIN])
     add("Lightning over our loop", "times", speeds[LIGHTNING], speeds[OURS])
     add("freed memory kept over given back", "times", speeds[OURS], speeds[GIVEN_BACK])
-    add("our training over the matrix product", "times", speeds[OURS],
-        products[devices.dtype_name(dtype)], training_flops())
+    rates = [speed * training_flops() / 1e9 for speed in speeds[OURS]]
+    add("our training over the matrix product", "times", rates, product)
     by_phase = step_phases(pixels, **how)
     for way, times in by_phase.items():
         for phase, values in times.items():
@@ -115,7 +112,7 @@ def noise(images):
 
 
 def matmul_rates(device, dtype):
-    """FLOP/s of products of large square matrices, in a process of its own.
+    """GFLOP/s of products of large square matrices, in a process of its own; None: in float32.
 
     On an accelerator many are queued. In float32 they are as precise as convolutions are.
     """
@@ -128,7 +125,7 @@ def matmul_rates(device, dtype):
         timer=partial(devices.clock, device),
     )
     times = timer.blocked_autorange(min_run_time=2).times
-    return [2 * size**3 * queued / seconds for seconds in times]
+    return [2e-9 * size**3 * queued / seconds for seconds in times]
 
 
 class PlainDataset(datasets.CIFAR10):
@@ -172,12 +169,12 @@ def plain_training(settings, images, *, device, dtype=None):
     return model, history
 
 
-def training_speeds(images, *, epochs, batch_size, **how):
+def training_speeds(images, *, epochs, **how):
     """{name: [images/s of each epoch after the first]}, the whole of an epoch, input included.
 
     The trainings take turns, twice each.
     """
-    settings = recipe("s10").scaled(epochs=epochs, batch_size=batch_size)
+    settings = recipe("s10").scaled(epochs=epochs)
     speeds = {PLAIN: [], OURS: [], LIGHTNING: [], GIVEN_BACK: []}
     for name in progress_bar(2 * list(speeds), desc="training"):
         with tempfile.TemporaryDirectory() as out:
@@ -207,13 +204,21 @@ def own_process(prepare, function, *args, **how):
         return process.submit(function, *args, **how).result()
 
 
-def phases(batches, model, optimizer, *, device, dtype=None, layout=torch.contiguous_format):
+def our_parts(settings, images, device):
+    """(batches, model, optimizer) of a training by `run.train_plain`."""
+    model = build(settings, images).to(device)
+    batches = training_batches(settings, images, device=device)
+    return batches, model, make_optimizer(model, settings)
+
+
+def phases(parts, *args, device, dtype=None, layout=torch.contiguous_format):
     """Milliseconds an image of "input", "forward", "backward" and "optimizer".
 
-    A dict of lists, a value for each of at most five steps after the first. The device is waited
-    for after each phase, which a training would not do.
+    `parts`: a function that gives batches, model and optimizer. Returns a dict of lists, a value
+    for each of at most five steps after the first. The device is waited for after each phase,
+    which a training would not do.
     """
-    model.train()
+    batches, model, optimizer = parts(*args, device)
     times = {}
     marks = [devices.clock(device)]
 
@@ -235,34 +240,19 @@ def phases(batches, model, optimizer, *, device, dtype=None, layout=torch.contig
     return {phase: values[1:] for phase, values in times.items()}
 
 
-def plain_phases(images, *, device, dtype=None, batch_size=BATCH_SIZE):
-    """`phases` of a plain training on an `ImageData`, in float32 whatever `dtype`.
+def step_phases(images, *, device, dtype=None, batch_size=None):
+    """{"plain": …, "ours": …} of `phases` on an `ImageData`, each in a process of its own.
 
-    Without workers, whose time would be hidden in the other phases.
+    Plain in float32 whatever `dtype`, and without workers, whose time would be hidden in the
+    other phases. `batch_size`: None for the recipe's.
     """
     settings = recipe("s10").scaled(batch_size=batch_size)
-    return phases(*plain_parts(settings, images, device), device=device)
-
-
-def our_phases(images, *, device, dtype=None, batch_size=BATCH_SIZE):
-    """`phases` of recipe s10 on an `ImageData`."""
-    settings = recipe("s10").scaled(batch_size=batch_size)
-    batches = training_batches(settings, images, device=device)
-    model = build(settings, images).to(device)
-    optimizer = make_optimizer(model, settings)
-    return phases(
-        batches, model, optimizer, device=device, dtype=dtype, layout=torch.channels_last
-    )
-
-
-def step_phases(images, **how):
-    """{"plain": …, "ours": …} of `phases`, each in a process of its own.
-
-    `how`: see `our_phases`.
-    """
     return {
-        "plain": own_process(None, plain_phases, images, **how),
-        "ours": own_process(devices.prepare, our_phases, images, **how),
+        "plain": own_process(None, phases, plain_parts, settings, images, device=device),
+        "ours": own_process(
+            devices.prepare, phases, our_parts, settings, images, device=device, dtype=dtype,
+            layout=torch.channels_last,
+        ),
     }
 
 

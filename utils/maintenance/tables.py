@@ -130,11 +130,11 @@ def accuracy_by_epoch(folder=IMAGES):
     for name in RECIPES:
         runs = [files.read_table(path) for path in Path(folder, name).glob("history_seed*.csv")]
         if runs:
-            mean = pd.concat(runs).groupby("epoch", as_index=False)["test_acc"].mean()
-            histories[name] = mean.to_dict("records")
-    published = files.read_table(Path(folder, "published.csv")).groupby("recipe")
-    sources = {name: rows.to_dict("records") for name, rows in published if name != "resnet9"}
-    return plotting.compare_curves(histories, sources)
+            merged = pd.concat(runs).groupby("epoch", as_index=False)
+            histories[name] = merged["test_acc"].mean()
+    published = files.read_table(Path(folder, "published.csv"))
+    published = published[published["recipe"] != "resnet9"].groupby("recipe")
+    return plotting.compare_curves(histories, dict(iter(published)))
 
 
 def range_test(folder=IMAGES):
