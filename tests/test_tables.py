@@ -109,10 +109,12 @@ def test_the_picture_has_means_of_the_runs_and_their_sources(tmp_path, monkeypat
                  {"recipe": "resnet9", "epoch": 1, "test_acc": 8.5}]
     files.save_table(published, tmp_path / "published.csv")
     monkeypatch.setattr(tables.plotting, "compare_curves", lambda *curves: curves)
-    assert tables.accuracy_by_epoch(tmp_path) == (
-        {"s10_cpu": [{"epoch": 1 + i, "test_acc": 3.5 * i} for i in range(10)]},
-        {"s10": [{"recipe": "s10", "epoch": 1, "test_acc": 9.5}]},
+    runs, sources = (
+        {name: rows.to_dict("records") for name, rows in curves.items()}
+        for curves in tables.accuracy_by_epoch(tmp_path)
     )
+    assert runs == {"s10_cpu": [{"epoch": 1 + i, "test_acc": 3.5 * i} for i in range(10)]}
+    assert sources == {"s10": [{"recipe": "s10", "epoch": 1, "test_acc": 9.5}]}
 
 
 def test_tables_replace_the_old_ones_alone(tmp_path, monkeypatch):

@@ -64,8 +64,10 @@ class ImageDataModule(LightningDataModule):
         A DistributedSampler would repeat some of them, to give all processes as many, and they
         would count twice.
         """
-        splits = self.evaluated.values()
-        return [evaluation_batches(self.images, split, **self.place()) for split in splits]
+        return [
+            evaluation_batches(self.images, split, **self.place())
+            for split in self.evaluated.values()
+        ]
 
 
 class Classifier(LightningModule):
@@ -185,9 +187,10 @@ class EpochTable(Callback):
             device=module.device, dtype=self.dtype,
             **{name: (known[f"{name}_loss"], known[f"{name}_acc"]) for name in ("train", "test")},
         )
-        self.history.append(row | {name: known[name] for name in known if name.startswith("val_")})
-        module.log("images_per_s", self.history[-1]["images_per_s"])
-        self.bar.write(training.ROW.format(**self.history[-1]))
+        row |= {name: known[name] for name in known if name.startswith("val_")}
+        self.history.append(row)
+        module.log("images_per_s", row["images_per_s"])
+        self.bar.write(training.ROW.format(**row))
 
     def on_fit_end(self, trainer, module):  # also where nothing was left to train
         if self.bar is not None:
@@ -198,15 +201,10 @@ class EpochTable(Callback):
 
 
 class Best(ModelCheckpoint):
-    """Keeps the weights of the epoch with the best accuracy on the validation images, best.ckpt."""
-
-    def __init__(self, **settings):
-        super().__init__(
-            filename="best", monitor="val_acc", mode="max", save_weights_only=True, **settings
-        )
+    """A checkpoint of the best epoch, in a run whose folder may be moved."""
 
     def load_state_dict(self, state):
-        """Of a run whose folder may have been moved, where Lightning would forget the best."""
+        """From another folder Lightning would forget which was the best."""
         super().load_state_dict({**state, "dirpath": self.dirpath})
 
 
@@ -241,8 +239,13 @@ def make_trainer(
     elif SLURMEnvironment.detect():  # requeueing would leave a checkpoint beside ours
         plugins.append(SLURMEnvironment(auto_requeue=False))
     keep = {"dirpath": out, "enable_version_counter": False, "save_on_train_epoch_end": True}
-    best = [Best(**keep)] if validation else []
-    last = ModelCheckpoint(filename=Path(CHECKPOINT).stem, **keep)
+    callbacks = [EpochTable(dtype)]
+    if validation:
+        callbacks.append(Best(
+            filename="best", monitor="val_acc", mode="max", save_weights_only=True, **keep
+        ))
+    # after the best, so that it knows which that was
+    callbacks.append(ModelCheckpoint(filename=Path(CHECKPOINT).stem, **keep))
     try:
         trainer = Trainer(
             max_epochs=recipe.epochs,
@@ -260,7 +263,7 @@ def make_trainer(
                 TensorBoardLogger(out, name="tensorboard", version="", default_hp_metric=False),
             ],
             log_every_n_steps=5,
-            callbacks=[EpochTable(dtype), *best, last],  # the last knows which was the best
+            callbacks=callbacks,
             plugins=plugins,
             default_root_dir=out,  # where a checkpoint from SLURM would be looked for
             enable_progress_bar=False,

@@ -27,7 +27,7 @@ def make_optimizer(model, recipe):
     weights w·s the gradient is s times as large, and a step of w moves the logits s times as far.
     What is fixed is in no group.
     """
-    groups = {1.0: []}
+    groups = {}
     for name, parameter in model.named_parameters():
         factor = recipe.logit_scale**2 if name.startswith("fc.") else 1.0
         if parameter.requires_grad:

@@ -50,10 +50,12 @@ def use_style():
 
     Files, and the pictures that a notebook stores, get two pixels where the size asks for one.
     """
-    styles = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))]
     plt.rcParams.update({
         "figure.figsize": (6.0, 3.6), "figure.constrained_layout.use": True, "savefig.dpi": 200,
-        "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=styles), "axes.axisbelow": True,
+        "axes.prop_cycle": plt.cycler(
+            color=COLOURS, linestyle=["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))]
+        ),
+        "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
         "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "image.interpolation": "nearest",
         "font.size": 9, "lines.linewidth": 1.6, "lines.markersize": 4,
@@ -124,8 +126,7 @@ def sample_grid(images, labels, classes, *, per_class=8):
     pictures leaves places empty. They are always the same. Returns the axes (C, per_class).
     """
     names = class_names(classes)
-    longest = max(map(len, names))
-    axes = _grid(len(names), per_class, (0.7, 0.7), left=0.08 * longest)
+    axes = _grid(len(names), per_class, (0.7, 0.7), left=0.08 * max(map(len, names)))
     generator = torch.Generator().manual_seed(0)
     for index, name in enumerate(names):
         members = (labels == index).nonzero().flatten()
@@ -209,13 +210,15 @@ def lr_schedule(lrs, *, steps_per_epoch, ax=None):
     epochs = np.arange(len(lrs)) / steps_per_epoch
     peak = lrs.argmax()
     named = [0, peak, -1]
-    start, top, end = (f"{rate:.3g}" for rate in lrs[named])
 
     ax = _single(ax, (6.0, 3.4))
     ax.plot(epochs, lrs, color=BLUE, linestyle="-", label="planned")
     ax.plot(epochs[named], lrs[named], color=VERMILION, linestyle="", marker="o")
     ax.set(xlabel="epoch", ylabel="learning rate")
-    ax.set_title(f"start {start}, peak {top} at epoch {epochs[peak]:.1f}, end {end}", fontsize=9)
+    ax.set_title(
+        f"start {lrs[0]:.3g}, peak {lrs[peak]:.3g} at epoch {epochs[peak]:.1f}, "
+        f"end {lrs[-1]:.3g}", fontsize=9,
+    )
     ax.grid(axis="y")
     return ax
 
@@ -260,16 +263,19 @@ def compare_curves(histories, published=None, *, ax=None):
     colours = dict(zip(histories, cycle(COLOURS)))
     curves = []
     for name, rows in (published or {}).items():
-        style = {"color": colours.get(name, GREY), "linestyle": "--", "linewidth": 0.9}
-        curves.append((f"{name}, source", rows, style))
+        curves.append((f"{name}, source", rows, {
+            "color": colours.get(name, GREY), "linestyle": "--", "linewidth": 0.9,
+        }))
     for (name, rows), marker in zip(histories.items(), cycle("os^DvP")):
-        style = {"color": colours[name], "linestyle": "-", "marker": marker, "markersize": 3.5}
-        curves.append((name, rows, style))
+        curves.append((name, rows, {
+            "color": colours[name], "linestyle": "-", "marker": marker, "markersize": 3.5,
+        }))
     curves.sort(key=lambda curve: curve[1]["test_acc"].iloc[-1], reverse=True)
     for name, rows, style in curves:
         last = rows["test_acc"].iloc[-1]
         ax.plot(rows["epoch"], rows["test_acc"], label=f"{name} {last:.2f}", **style)
-    lowest = min(line.get_ydata()[-1] for line in ax.lines)
+    _, rows, _ = curves[-1]
+    lowest = rows["test_acc"].iloc[-1]
     ax.set_ylim(lowest // 20 * 10, 100)
     _name_epochs(ax, "test accuracy, %")
     _legend_above(ax, 2)
@@ -396,8 +402,7 @@ def time_by_phase(phases, *, ax=None):
     for bars in ax.containers:
         ax.bar_label(bars, fmt=lambda time: f"{time:.3g}" if time > 0.08 * totals.max() else "",
                      label_type="center")
-    ends = [f"{total:.3g} ms" for total in totals]
-    ax.bar_label(ax.containers[-1], ends, padding=4)
+    ax.bar_label(ax.containers[-1], [f"{total:.3g} ms" for total in totals], padding=4)
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.set(xlim=(0, 1.14 * totals.max()), xlabel="milliseconds an image")
@@ -493,7 +498,7 @@ def _pixels(images):
 
 def _single(ax, size):
     if ax is None:
-        _, ax = plt.subplots(figsize=size, layout="constrained")
+        _, ax = plt.subplots(figsize=size)
     return ax
 
 

@@ -84,7 +84,7 @@ def _draw(count, *, seed):
     picture = ground + cover * (figure - ground) + shade + 0.16 * (grain - 0.5)
     # Rounds to the nearest; the grain keeps values off the halves, where platforms might differ.
     pixels = (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 def _points(u, v):

@@ -106,9 +106,9 @@ def pad(images, padding, mode="constant"):
     """
     if mode == "constant":
         return F.pad(images, [padding] * 4)
-    if padding >= min(images.shape[-2:]):
-        size = "×".join(map(str, images.shape[-2:]))
-        raise InputError(f"images of {size} pixels can't be mirrored by a padding of {padding}")
+    side = min(images.shape[-2:])
+    if padding >= side:
+        raise InputError(f"a side of {side} pixels can't be mirrored by a padding of {padding}")
     # by way of float, since some devices mirror nothing else
     return F.pad(images.float(), [padding] * 4, mode=mode).to(images.dtype)
 
