@@ -71,7 +71,7 @@ class CustomResNet(_Classifier):
         self.layer1 = ResidualLayer(width, 2 * width)
         self.layer2 = _conv(2 * width, 4 * width, pool=True)
         self.layer3 = ResidualLayer(4 * width, 8 * width)
-        self.pool = nn.MaxPool2d(4, ceil_mode=True)  # so that 24×24 leaves one place, not none
+        self.pool = nn.MaxPool2d(4, ceil_mode=True)  # smaller pictures leave one place, too
         self.fc = nn.Linear(8 * width, num_classes, bias=fc_bias)
 
     def features(self, x):

@@ -114,7 +114,7 @@ def train_epoch(
             update_average(average, model, recipe.averaging, first=scheduler.last_epoch == 1)
         sums += torch.stack([loss * len(labels), correct])
         count += len(labels)
-        if device.type == "cpu":  # which has it at hand
+        if device.type == "cpu":  # where asking costs no wait
             assert_finite(loss)
         if bar is not None:
             bar.update(len(labels))
