@@ -1,6 +1,8 @@
 """What several test files share: folders of pictures, small networks, short commands."""
 
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from utils import files, models, run, training
+from utils import data, devices, files, models, recipes, run, training
 from utils.data import ImageData
 from utils.models import CustomResNet
 
@@ -106,6 +108,31 @@ def cut_off_after(steps):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CutOffError):
         patch.setattr(training, "loss_and_correct", cut_off)
         yield
+
+
+@contextmanager
+def training_machine(notebook, runs):
+    """A CPU that is told to train, a narrow network and few drawn shapes, which it half learns.
+
+    For the notebook of the recipe `notebook`, with the folder `runs` for its runs.
+    """
+    shapes = data.builtin_sample()
+    shapes = replace(
+        shapes, name="few shapes", train_images=shapes.train_images[:400],
+        train_labels=shapes.train_labels[:400], test_images=shapes.test_images[:150],
+        test_labels=shapes.test_labels[:150],
+    )
+    small = recipes.recipe(notebook).scaled(epochs=4, batch_size=40).replace(width=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSE_DATA", "few-shapes")
+        patch.setenv("COURSE_RUNS", str(runs))
+        patch.setenv("COURSE_TRAIN", "1")
+        patch.setitem(recipes.RECIPES, notebook, small)
+        patch.setattr(data, "load", lambda source, **_: shapes)
+        patch.setattr(devices, "pick_device", lambda: CPU)
+        patch.setattr(devices, "amp_dtype", lambda device: None)
+        patch.chdir(Path(__file__).parents[1])
+        yield patch
 
 
 class Reader:

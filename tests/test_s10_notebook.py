@@ -4,17 +4,16 @@ import copy
 import itertools
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import (
-    CPU,
     Reader,
     assert_same_state,
     cut_off_after,
+    training_machine,
     without_times,
     write_folder,
 )
@@ -44,24 +43,8 @@ PHASES = {"input": 1.0, "forward": 2.0, "backward": 3.0, "optimizer": 0.5}
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """A CPU that is told to train, a narrow network and few drawn shapes, which it half learns."""
-    small = recipes.recipe("s10").scaled(epochs=4, batch_size=40).replace(width=8)
-    shapes = data.builtin_sample()
-    shapes = replace(
-        shapes, name="few shapes", train_images=shapes.train_images[:400],
-        train_labels=shapes.train_labels[:400], test_images=shapes.test_images[:150],
-        test_labels=shapes.test_labels[:150],
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COURSE_DATA", "few-shapes")
-        patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("runs")))
-        patch.setenv("COURSE_TRAIN", "1")
-        patch.setitem(recipes.RECIPES, "s10", small)
-        patch.setattr(data, "load", lambda source, resize: shapes)
-        patch.setattr(devices, "pick_device", lambda: CPU)
-        patch.setattr(devices, "amp_dtype", lambda device: None)
+    with training_machine("s10", tmp_path_factory.mktemp("runs")) as patch:
         patch.setattr(benchmark, "own_process", lambda *_, **__: {p: [PHASES[p]] for p in PHASES})
-        patch.chdir(PATH.parent)
         yield patch
 
 

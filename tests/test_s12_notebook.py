@@ -2,7 +2,6 @@
 
 import copy
 import re
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -11,16 +10,20 @@ import pytest
 import torch
 from scipy.stats import binomtest, chi2
 
-from tests.conftest import CPU, Reader, assert_same_state, without_times, write_folder
+from tests.conftest import (
+    Reader,
+    assert_same_state,
+    training_machine,
+    without_times,
+    write_folder,
+)
 from utils import (
     data,
-    devices,
     explain,
     files,
     lightning_loop,
     models,
     notebook,
-    recipes,
     results,
     training,
 )
@@ -36,23 +39,7 @@ BOTH_LOOPS = ["few = data.builtin_sample()", "the same weights, bit for bit", "u
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """A CPU that is told to train, a narrow network and few drawn shapes, which it half learns."""
-    small = recipes.recipe("s12").scaled(epochs=4, batch_size=40).replace(width=8)
-    shapes = data.builtin_sample()
-    shapes = replace(
-        shapes, name="few shapes", train_images=shapes.train_images[:400],
-        train_labels=shapes.train_labels[:400], test_images=shapes.test_images[:150],
-        test_labels=shapes.test_labels[:150],
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COURSE_DATA", "few-shapes")
-        patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("runs")))
-        patch.setenv("COURSE_TRAIN", "1")
-        patch.setitem(recipes.RECIPES, "s12", small)
-        patch.setattr(data, "load", lambda source, **_: shapes)
-        patch.setattr(devices, "pick_device", lambda: CPU)
-        patch.setattr(devices, "amp_dtype", lambda device: None)
-        patch.chdir(PATH.parent)
+    with training_machine("s12", tmp_path_factory.mktemp("runs")) as patch:
         yield patch
 
 
