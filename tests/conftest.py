@@ -122,7 +122,7 @@ def training_machine(notebook, runs):
         train_labels=shapes.train_labels[:400], test_images=shapes.test_images[:150],
         test_labels=shapes.test_labels[:150],
     )
-    small = recipes.recipe(notebook).scaled(epochs=4, batch_size=40).replace(width=8)
+    small = recipes.recipe(notebook).scaled(epochs=4, batch_size=20).replace(width=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COURSE_DATA", "few-shapes")
         patch.setenv("COURSE_RUNS", str(runs))

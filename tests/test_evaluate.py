@@ -60,7 +60,8 @@ def test_the_command_reports_the_accuracy_of_the_run(out, folder, capsys):
     evaluate.main(["--weights", str(out / "weights.safetensors"), "--data", str(folder), *ON_CPU])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
-        "weights  s10, seed 0", "data     the folder colours: 15 test images of 8×8 pixels"
+        f"weights  {out / 'weights.safetensors'}: s10, seed 0",
+        "data     the folder colours: 15 test images of 8×8 pixels",
     ]
     accuracy = read_history(out)[-1]["test_acc"]
     assert f"test accuracy       {accuracy:6.2f} %  of 15 images" in lines
@@ -129,7 +130,8 @@ def test_pictures_are_classified(out, tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("one.png", "two.jpg")]
     evaluate.main([*paths, "--weights", str(out / "weights.safetensors"), *ON_CPU])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "weights  s10, seed 0" and lines[3] == paths[0] and lines[8] == paths[1]
+    assert lines[0] == f"weights  {out / 'weights.safetensors'}: s10, seed 0"
+    assert lines[3] == paths[0] and lines[8] == paths[1]
     classes, shares = zip(*(line.split() for line in lines[4:7]), strict=True)
     assert {*classes} == {"blue", "green", "red"}
     shares = [float(share.rstrip("%")) for share in shares]

@@ -296,7 +296,7 @@ def test_weights_that_come_with_the_repository(weights, tmp_path, monkeypatch):
     (tmp_path / "s12").mkdir()
     weights[0].rename(tmp_path / "s12" / "weights.safetensors")
     assert pretrained("s12").metadata == METADATA
-    with pytest.raises(InputError, match="^no trained weights of 's10' .*, only: s12$"):
+    with pytest.raises(InputError, match="^no trained weights of 's10' .*: s12; load_weights .*$"):
         pretrained()
 
 

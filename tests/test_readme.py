@@ -1,5 +1,6 @@
 """The pages' figures come from files; their commands, and the notebooks', are those there are."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tyro
+from PIL import Image
 
 from utils import data, files, run
 from utils.maintenance import tables
@@ -103,10 +105,13 @@ def python_of(page):
     return source
 
 
-def test_the_python_of_the_readme_runs():
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "teal").save("picture.jpg")
     names = {}
     exec(python_of("README.md"), names)
     assert names["model"].metadata["recipe"] == "s10"
+    assert list(ast.literal_eval(capsys.readouterr().out)) == list(names["model"].classes)
 
 
 def test_the_range_test_is_made_by_the_python_of_its_page(tmp_path, monkeypatch, small_network):

@@ -139,7 +139,7 @@ def test_the_weights_file_is_one_for_the_commands(reader):
 def test_interrupted_and_run_again_it_ends_as_it_would_have(epochs, part, another_kernel, reader):
     other = another_kernel()
     if part == "steps":
-        with cut_off_after(10 * epochs + 5):
+        with cut_off_after(20 * epochs + 5):  # an epoch has 20 steps
             other.run(FIT)
     else:
         calls, predict = itertools.count(), training.predict
@@ -164,7 +164,7 @@ def test_a_reconnect_to_another_machine_goes_on_in_its_precision(another_kernel,
         other = another_kernel()
         assert other.names["dtype"] == dtype
         if epochs < 2:
-            with cut_off_after(15):
+            with cut_off_after(25):  # an epoch has 20 steps
                 other.run(FIT)
         else:
             other.run(FIT)

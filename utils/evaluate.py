@@ -36,7 +36,8 @@ def main(arguments=None):
         device = devices.pick_device(args.device)
         dtype = devices.pick_precision(args.precision, device)
         model = load_weights(args.weights).to(device)
-        print(f"weights  {model.metadata.get('recipe')}, seed {model.metadata.get('seed')}")
+        about = model.metadata
+        print(f"weights  {args.weights}: {about.get('recipe')}, seed {about.get('seed')}")
         size = "×".join(map(str, model.size))
         if args.pictures:
             print(f"pictures the middle of each, resized to {size} pixels")

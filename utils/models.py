@@ -162,7 +162,10 @@ def pretrained(name="s10"):
     folders = {path.parent.name: path for path in files.IMAGES.glob("*/weights.safetensors")}
     if name not in folders:
         there = ", ".join(sorted(folders)) or "none"
-        raise InputError(f"no trained weights of {name!r} come with this copy, only: {there}")
+        raise InputError(
+            f"no trained weights of {name!r} come with this copy, only: {there}; "
+            "load_weights reads a file of your own"
+        )
     return load_weights(folders[name])
 
 
