@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import Small
-from utils import InputError, data, demo, explain, files, run
+from utils import data, demo, explain, files, run
 from utils.models import load_weights
 from utils.recipes import recipe
 from utils.results import Results, save_predictions
@@ -183,13 +183,6 @@ def test_the_surest_mistakes_come_first(rows, count, true, predicted):
     assert [sureness[i] for i in found] == sorted((sureness[i] for i in fits), reverse=True)[:count]
 
 
-def test_the_nearest_training_images_of_one_are_itself_first(network):
-    images = data.load("sample")
-    (picture, name), *others = network.nearest(images.train_images[13:14])
-    assert name == "triangle" and len(others) == 2
-    assert torch.equal(pixels(picture)[::8, ::8], images.train_images[13].permute(1, 2, 0))
-
-
 def test_the_results_are_of_the_data_as_they_are_now(weights, tmp_path, monkeypatch):
     """Nothing is kept beside the weights, where nothing can be written perhaps."""
     before = sorted(weights.parent.iterdir())
@@ -223,8 +216,6 @@ def test_recorded_results_are_those_of_cifar10_and_of_no_other_data(
     monkeypatch.setattr(files, "IMAGES", tmp_path)
     assert torch.equal(results("a folder").logits, made.logits)
     assert torch.equal(results("cifar10").logits, wrong.logits.half().float())
-    with pytest.raises(InputError, match="^the recorded predictions are not of the built-in"):
-        demo.Network(path, "cifar10").images(torch.tensor([0]))
 
 
 def with_classes(path, names):
@@ -337,12 +328,6 @@ def test_mistakes_over_the_network(asked, network):
     assert asked.predict(7, "star", "star", "prep", 0.5, api_name="/mistakes") == []
 
 
-def test_the_nearest_over_the_network(asked, network, pictures):
-    found = asked.predict(upload(pictures / "4.png"), api_name="/nearest")
-    expected = network.nearest(seen(pictures / "4.png"))
-    assert [each["caption"] for each in found] == [name for _, name in expected]
-
-
 @pytest.mark.parametrize("route", ["gradio_api/file=", "static/", "assets/"])
 def test_no_other_file_is_handed_out(address, weights, pictures, route):
     for path in ("/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", weights,
@@ -352,19 +337,18 @@ def test_no_other_file_is_handed_out(address, weights, pictures, route):
         assert refused.value.code in (403, 404), path
 
 
-@pytest.mark.parametrize("name", ["/answer", "/nearest"])
 @pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "file"])
-def test_no_other_file_is_classified(address, pictures, name, meta):
+def test_no_other_file_is_classified(address, pictures, meta):
     """By hand, since the client uploads what it is given."""
     for path in (pictures / "0.png", ROOT / "images/custom_resnet.png", "/etc/passwd",
                  f"{tempfile.gettempdir()}/gradio/../{pictures / '0.png'}"):
         wishes = [{"path": str(path), **meta}, 3, "", "", 0.5]
         request = urllib.request.Request(
-            f"{address}gradio_api/call{name}", headers={"Content-Type": "application/json"},
-            data=json.dumps({"data": wishes if name == "/answer" else wishes[:1]}).encode(),
+            f"{address}gradio_api/call/answer", headers={"Content-Type": "application/json"},
+            data=json.dumps({"data": wishes}).encode(),
         )
         event = json.load(urllib.request.urlopen(request))["event_id"]
-        answer = urllib.request.urlopen(f"{address}gradio_api/call{name}/{event}").read()
+        answer = urllib.request.urlopen(f"{address}gradio_api/call/answer/{event}").read()
         assert answer.startswith(b"event: error"), path
 
 

@@ -158,26 +158,28 @@ def refused(**settings):
 ])
 def test_wrong_value(name, value):
     message = refused(**{name: value})
-    assert message.startswith(f"{name} must be ") and message.endswith(f", not {value!r}")
+    assert message.startswith(f"recipe setting {name} {value!r}: Input should be ")
 
 
 @pytest.mark.parametrize("sizes", [(16, 4), (16, 16.5), (16, "a")])
 def test_wrong_size_among_several(sizes):
-    assert refused(sizes=sizes).endswith(f", not {sizes[1]!r}")
-    assert refused(sizes=sizes).startswith("sizes must be ")
+    assert refused(sizes=sizes).startswith(f"recipe setting sizes {sizes[1]!r}: Input should be ")
 
 
 def test_limits_are_in_the_line():
-    assert refused(batch_size=1) == "batch_size must be greater than or equal to 2, not 1"
-    assert refused(optimizer="lamb") == "optimizer must be 'adam', 'adamw' or 'sgd', not 'lamb'"
+    start = "recipe setting"
+    limit = "Input should be greater than or equal to 2"
+    assert refused(batch_size=1) == f"{start} batch_size 1: {limit}"
+    choices = "Input should be 'adam', 'adamw' or 'sgd'"
+    assert refused(optimizer="lamb") == f"{start} optimizer 'lamb': {choices}"
 
 
 def test_unknown_setting():
-    assert refused(cutouts=4) == "a recipe has no setting cutouts"
+    assert refused(cutouts=4) == "recipe setting cutouts 4: Extra inputs are not permitted"
 
 
 def test_a_recipe_needs_a_name():
-    with pytest.raises(InputError, match="^a recipe needs a name$"):
+    with pytest.raises(InputError, match="^recipe setting name .*: Field required$"):
         Recipe(epochs=3)
 
 
@@ -199,6 +201,8 @@ def test_the_highest_rate_is_the_highest(name):
 @pytest.mark.parametrize("settings, word", [
     ({"per_image": True, "sizes": (16, 32)}, "leave out sizes or per_image"),
     ({"per_image": True, "alternating_flip": True}, "leave out alternating_flip or per_image"),
+    ({"per_image": True, "rotation": 5}, "leave out rotation or per_image"),
+    ({"per_image": True, "brightness": 0.1}, "leave out brightness or per_image"),
     ({"logit_scale": 0.5}, "logit_scale needs optimizer sgd"),
 ])
 def test_settings_that_do_not_go_together(settings, word):

@@ -45,16 +45,6 @@ def test_results(tmp_path):
     assert without_run[0] not in tables.results_table(tmp_path)
 
 
-def test_tuning(tmp_path):
-    row = {"data": "D", "epochs": 3, "train_acc": 50, "validation_acc": 60.126, "seconds": 100}
-    rows = [{"changed": "", **row}, {"changed": "cutout=0; sizes=[8, 16]", **row}]
-    files.save_table(rows, tmp_path / "s10" / "tuning.csv")
-    assert tables.tuning_table("s10", tmp_path).splitlines()[2:] == [
-        "| – | D | 3 | 50.00 | 60.13 | 2 min |",
-        "| `cutout=0`, `sizes=[8, 16]` | D | 3 | 50.00 | 60.13 | 2 min |",
-    ]
-
-
 def test_ladder_compares_each_rung_with_the_one_it_stands_on(tmp_path):
     """The variances of the four pairs, of one degree of freedom each: 0.5, 2, 4.5, 1."""
     trials = [

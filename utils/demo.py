@@ -47,7 +47,7 @@ class Arguments:
     weights: Path = files.IMAGES / "s10" / "weights.safetensors"
     """weights.safetensors of a run; those of s10 come with the repository"""
     data: str = "cifar10"
-    """as for utils.train: for examples, misclassified and nearest images"""
+    """as for utils.train: for examples and misclassified images"""
     share: bool = False
     """give the page a public address as well, for a while"""
     export: Path | None = None
@@ -99,29 +99,15 @@ class Network:
 
     @functools.cached_property
     def pictures(self):
-        """{index in `results`: image uint8 (3, H, W)}.
-
-        Raises InputError where recorded results are of others, by labels and ten predictions.
-        """
+        """{index in `results`: image uint8 (3, H, W)}."""
         if self.source is None:
             kept, _ = files.read_tensors(self.weights.with_name("images.safetensors"))
             return dict(zip(kept["indices"].tolist(), kept["images"], strict=True))
-        images = self.test_data.test_images
-        if torch.equal(self.test_data.test_labels, self.results.labels):
-            shares = explain.probabilities(self.model, images[:10])
-            if torch.allclose(shares, self.results.logits[:10].softmax(1), atol=0.1):
-                return dict(enumerate(images))
-        raise InputError(f"the recorded predictions are not of {self.test_data.name}; train anew")
+        return dict(enumerate(self.test_data.test_images))
 
     def images(self, indices):
         """Those at `indices`, int64 (N,), of the results: uint8 (N, 3, H, W)."""
         return torch.stack([self.pictures[index] for index in indices.tolist()])
-
-    @functools.cached_property
-    def training(self):
-        """(`ImageData`, the embeddings of its training images)."""
-        images = data.load(self.source, resize=self.model.size)
-        return images, explain.embeddings(self.model, images.train_images)
 
     def examples(self):
         """[(picture, class)] of the first test image of each class that occurs."""
@@ -143,15 +129,6 @@ class Network:
         of = torch.tensor([classes.index(name)]) if name else best[:1]
         label = {classes[i]: share for i, share in zip(best.tolist(), shares.tolist(), strict=True)}
         return *shown(self.model, images, of, layer, opacity), label
-
-    def nearest(self, images):
-        """[(picture, class)] of the three training images most like that of `answer`."""
-        if images is None:
-            return []
-        known, features = self.training
-        (nearest,) = explain.nearest(explain.embeddings(self.model, images), features)
-        names = [known.classes[label] for label in known.train_labels[nearest]]
-        return list(zip(shown(self.model, known.train_images[nearest]), names, strict=True))
 
     def mistakes(self, count, true="", predicted="", layer="", opacity=0.5):
         """[(picture, caption)] of the `surest_mistakes`, each with the Grad-CAM of its error."""
@@ -269,10 +246,6 @@ def _picture_tab(gr, blocks, asked, network):
         label = gr.Label(show_label=False, show_heading=False)
         most = min(10, len(asked.model.classes))
         count = gr.Slider(1, most, min(3, most), step=1, label="classes shown")
-        if network.source is not None:
-            find = gr.Button("Find the three nearest training images")
-            alike = _gallery(gr, "The first time this takes minutes.", 80)
-            find.click(network.nearest, picture, alike, api_name="nearest", **IN_TURN)
 
     def chosen(event: gr.SelectData):
         return network.examples()[event.index][0]

@@ -320,6 +320,7 @@ def confusion_matrix(results, *, ax=None):
     number = len(results.classes)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     errors = np.ma.masked_array(shares, mask=np.eye(number, dtype=bool))
+    names = [as_text(name) for name in class_names(results.classes)]
 
     side = min(3.0 + 0.42 * number, 12.0)
     ax = _single(ax, (side, 0.9 * side))
@@ -328,11 +329,9 @@ def confusion_matrix(results, *, ax=None):
     colours = plt.get_cmap("Blues").with_extremes(bad="#E0E0E0")
     image = ax.imshow(errors, cmap=colours, norm=norm)
     ax.figure.colorbar(image, ax=ax, label="share of the true class, %", shrink=0.7)
-    names = [as_text(name) for name in class_names(results.classes)]
-    font = {"family": plt.rcParams["font.family"]}
     ax.set_xticks(range(number), names, ha="right", va="center", rotation_mode="anchor",
-                  rotation=45 if number <= 20 else 90, **font)
-    ax.set_yticks(range(number), names, **font)
+                  rotation=45 if number <= 20 else 90)
+    ax.set_yticks(range(number), names)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="predicted class", ylabel="true class", anchor="W")
     ax.tick_params(labelsize=min(9, 500 / number), length=0)
@@ -354,8 +353,7 @@ def per_class_accuracy(results, *, ax=None):
 
     ax = _single(ax, (5.6, 1.0 + 0.24 * len(accuracies)))
     ax.barh(range(len(accuracies)), accuracies, color=SKY, height=0.75)
-    labels = [as_text(names[name]) for name in accuracies.index]
-    ax.set_yticks(range(len(accuracies)), labels, family=plt.rcParams["font.family"])
+    ax.set_yticks(range(len(accuracies)), [as_text(names[name]) for name in accuracies.index])
     for row, accuracy in enumerate(accuracies):  # a short bar's number runs out of it
         ax.text(max(accuracy, 12) - 1, row, f"{accuracy:.1f} %", ha="right", va="center_baseline")
     ax.tick_params(axis="y", length=0)

@@ -107,13 +107,8 @@ class Recipe(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             first = error.errors()[0]
-            name = first["loc"][0]
-            reason = first["msg"].partition("should ")[2]
-            if first["type"] == "missing":
-                raise InputError(f"a recipe needs a {name}") from None
-            if not reason:
-                raise InputError(f"a recipe has no setting {name}") from None
-            raise InputError(f"{name} must {reason}, not {first['input']!r}") from None
+            setting = f"{first['loc'][0]} {first['input']!r}"
+            raise InputError(f"recipe setting {setting}: {first['msg']}") from None
         if self.peak_epoch >= self.epochs:
             end = f"before the end of the {self.epochs} epochs"
             raise InputError(f"peak_epoch must lie {end}, not at {self.peak_epoch:g}")
@@ -121,9 +116,9 @@ class Recipe(BaseModel):
             rate = getattr(self, name)
             if rate and rate > self.max_lr:
                 raise InputError(f"{name} must be at most max_lr, {self.max_lr:g}, not {rate:g}")
-        if self.per_image and (self.sizes or self.alternating_flip):
-            name = "sizes" if self.sizes else "alternating_flip"
-            raise InputError(f"{name} needs whole batches; leave out {name} or per_image")
+        for name in ("sizes", "alternating_flip", "rotation", "brightness"):
+            if self.per_image and getattr(self, name):
+                raise InputError(f"{name} needs whole batches; leave out {name} or per_image")
         if self.logit_scale != 1 and self.optimizer != "sgd":
             raise InputError("logit_scale needs optimizer sgd; Adam's steps don't scale with it")
 

@@ -1,9 +1,9 @@
 """Augmentation and normalisation, once image by image and once for whole batches.
 
 Both do what the recipe says, by default: pad 4 pixels a side (32×32 becomes 40×40), crop a random
-32×32, flip left-right with probability 0.5, turn and brighten or darken, normalise, and set one
-random 8×8 square to 0, which after normalisation is the data set's mean. Only the batched form
-can bring images to another size.
+32×32, flip left-right with probability 0.5, normalise, and set one random 8×8 square to 0, which
+after normalisation is the data set's mean. Only the batched form can turn images, brighten or
+darken them, and bring them to another size.
 """
 
 import os
@@ -47,7 +47,7 @@ def albumentations_pipeline(recipe, mean, std, *, size=(32, 32)):
     """The recipe's transforms for one image as an albumentations pipeline.
 
     It is called with `image=` a uint8 array (H, W, 3) of that `size`, and gives {"image": float32
-    tensor (3, H, W)}. What a rotation brings in is black.
+    tensor (3, H, W)}.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import looks online
     import albumentations as A
@@ -65,15 +65,8 @@ def albumentations_pipeline(recipe, mean, std, *, size=(32, 32)):
         ),
         A.RandomCrop(height, width),
         A.HorizontalFlip(p=recipe.flip),
+        A.Normalize(mean=tuple(map(float, mean)), std=tuple(map(float, std))),
     ]
-    if recipe.rotation:
-        steps.append(A.Rotate((-recipe.rotation, recipe.rotation), p=1))
-    if recipe.brightness:
-        # A factor. RandomBrightnessContrast would add, and turn the black border grey.
-        limit = (1 - recipe.brightness, 1 + recipe.brightness)
-        off = (1, 1)
-        steps.append(A.ColorJitter(limit, contrast=off, saturation=off, hue=(0, 0), p=1))
-    steps.append(A.Normalize(mean=tuple(map(float, mean)), std=tuple(map(float, std))))
     if recipe.cutout:
         side = (recipe.cutout, recipe.cutout)
         # after Normalize, so that 0 is the mean

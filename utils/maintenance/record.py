@@ -28,8 +28,6 @@ class Arguments:
     """runs made with --validate, to be kept as what was tried to choose the settings"""
     data: str = "cifar10"
     """what the runs were trained on, as for utils.train"""
-    resize: int | None = None
-    """as for utils.train"""
     device: str | None = None
     """cuda, mps, cpu, …; None: the best there is"""
     weights: bool = False
@@ -45,7 +43,7 @@ def main(arguments=None):
             raise InputError("give either --from DIR … or --tuning DIR …")
         folder = args.to or tables.IMAGES / args.recipe
         device = devices.pick_device(args.device)
-        images = data.load(args.data, resize=args.resize)
+        images = data.load(args.data)
         if args.tuning:
             trials = [trial_row(args.recipe, read_run(out), images, device) for out in args.tuning]
             files.save_table(trials, folder / "tuning.csv")

@@ -52,7 +52,7 @@ def measured(runs):
     devices = devices.str.replace(r" CPU, (\d+) thread\(s\)", r" ×\1", regex=True)
     time = f"{runs['seconds'].mean() / 60:.1f} min, "
     return [
-        changes_as_code(runs["changed"][0]),
+        ", ".join(f"`{change}`" for change in runs["changed"][0].split("; ") if change),
         f"{spread(runs['test_acc'])} (n&nbsp;=&nbsp;{len(runs)})",
         spread(runs["test_acc_flip"]), spread(runs["train_acc"]), f"{runs['epochs'][0]}",
         time + "; ".join(sorted(set(devices))),
@@ -67,21 +67,6 @@ def spread(values):
 def plus_minus(value, error, sign=""):
     """A figure and its standard deviation or error, alike on all pages and pictures."""
     return f"{value:{sign}.2f} ± {error:.2f}"
-
-
-def changes_as_code(changes):
-    """Settings as the files hold them, "a=1; b=2", as code."""
-    return ", ".join(f"`{change}`" for change in changes.split("; ") if change)
-
-
-def tuning_table(name, folder=IMAGES):
-    """What was tried for the recipe `name`."""
-    rows = files.read_table(Path(folder, name, "tuning.csv")).itertuples()
-    return markdown(["changed", "images", "epochs", "train", "validation", "time"], [
-        [changes_as_code(row.changed) or "–", row.data, f"{row.epochs}", f"{row.train_acc:.2f}",
-         f"{row.validation_acc:.2f}", f"{row.seconds / 60:.0f} min"]
-        for row in rows
-    ])
 
 
 def rungs(name="s10_best", folder=IMAGES):
@@ -151,7 +136,6 @@ def range_test(folder=IMAGES):
 PAGES = {
     "README.md": {"results": results_table},
     "images/s10_best/README.md": {"ladder": ladder_table},
-    "images/s10_cpu/README.md": {"tuning of s10_cpu": lambda: tuning_table("s10_cpu")},
     "images/s12/README.md": {"log of s12": lambda: epoch_log("s12")},
 }
 PICTURES = {
