@@ -9,12 +9,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nbformat
 import pytest
 import torch
 
-from tests.conftest import assert_same_state, cut_off_after, read_history, tiny_images
+from tests.conftest import Reader, assert_same_state, cut_off_after, read_history, tiny_images
 from tests.pretend_gpu import pretend, waits
 from utils import data, devices, evaluate, explain, files, notebook, plotting, run, training
 from utils.batches import training_batches
@@ -178,8 +176,9 @@ def test_no_step_waits_for_the_device(name, tmp_path):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("name, gpu", [("S10_custom_resnet", "T4"), ("S12_lightning", "A100")])
-def test_the_cells_of_a_notebook(name, gpu, monkeypatch):
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """For notebooks: the sample with few pictures, of a quarter of the pixels."""
     sample = data.builtin_sample()
     sample = replace(
         sample,
@@ -190,20 +189,40 @@ def test_the_cells_of_a_notebook(name, gpu, monkeypatch):
     monkeypatch.setenv("COURSE_DATA", "sample")
     monkeypatch.setattr(data, "builtin_sample", lambda: sample)
     monkeypatch.setattr(notebook, "SAMPLE_WIDTH", 2)
+
+
+@pytest.mark.parametrize("name, gpu", [("S10_custom_resnet", "T4"), ("S12_lightning", "A100")])
+def test_the_cells_of_a_notebook(name, gpu, few_shapes, monkeypatch):
     noise = benchmark.noise(192)
     pixels = noise.train_images[..., ::4, ::4].contiguous()
     monkeypatch.setattr(benchmark, "noise", lambda _: replace(noise, train_images=pixels))
     monkeypatch.setattr(  # a process of its own would have no GPU
         benchmark, "own_process", lambda _, function, *args, **how: function(*args, **how)
     )
-    cells, names = nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells, {}
+    reader = Reader(ROOT / f"{name}.ipynb")
     with GPUS[gpu]():
-        for number, cell in enumerate(cells):
-            if cell.cell_type == "code":
-                exec(compile(cell.source, f"{name}, cell {number}", "exec"), names)
-                plt.close("all")
-    assert names["device"].type == "cuda"
-    assert names["results"].accuracy == pytest.approx(names["history"][-1]["test_acc"])
+        reader.run()
+    assert reader.names["device"].type == "cuda"
+    assert reader.names["results"].accuracy == pytest.approx(
+        reader.names["history"][-1]["test_acc"]
+    )
+
+
+@pytest.mark.parametrize("name, settings, fit", [
+    ("S10_custom_resnet", 'notebook.begin("s10")', "model, history = run.train_plain("),
+    ("S12_lightning", 'notebook.begin("s12")', "model, history = run.train_lightning("),
+], ids=["S10", "S12"])
+def test_a_notebook_goes_on_on_another_gpu(name, settings, fit, few_shapes, monkeypatch, capsys):
+    """Run anew from the top after a reconnect from a T4 to an A100, and from there to a T4."""
+    monkeypatch.setattr(notebook, "SAMPLE_EPOCHS", 3)
+    for gpu, steps in (("T4", 5), ("A100", 5), ("T4", None)):  # an epoch has four steps
+        reader = Reader(ROOT / f"{name}.ipynb")
+        with GPUS[gpu](), cut_off_after(steps) if steps else nullcontext():
+            reader.run(last=settings)
+            reader.run(fit)
+    done = [row["precision"] for row in reader.names["history"]]
+    assert done == ["float16", "bfloat16", "float16"]
+    assert "\ngoes on in bfloat16; it was float16 so far\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mistake, words", [
