@@ -142,8 +142,6 @@ def load_weights(path):
         settings = {name: metadata[name] for name in ARCHITECTURE if name in metadata}
         model = MODELS[metadata["model"]](len(classes), **settings)
         model.load_state_dict(tensors)
-        if not len(mean) == len(std) == 3:
-            raise ValueError("mean and std are of three channels")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path} does not hold a network of ours with its classes, mean and std; "
