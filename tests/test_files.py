@@ -236,7 +236,7 @@ def test_a_damaged_weights_file(tmp_path, damage):
 
 
 def test_a_weights_file_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"^no weights file .*none; [^\n]*utils\.train wrote$"):
+    with pytest.raises(InputError, match=r"^no weights file .*none; [^\n]*of a run$"):
         files.read_tensors(tmp_path / "none")
 
 

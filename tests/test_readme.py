@@ -76,8 +76,8 @@ def test_histories_end_as_the_runs(path):
             assert history[name].iloc[-1] == one[name]
 
 
-def test_continuous_integration_runs_the_two_commands():
-    section = README.partition("## Two commands\n")[2].partition("\n## ")[0]
+def test_continuous_integration_runs_the_quick_start():
+    section = README.partition("## Quick start\n")[2].partition("\n## ")[0]
     steps = set(re.findall(r"^```bash\n(.*)\n```", section, re.MULTILINE))
     assert len(steps) == 3  # with the installation
     script = (ROOT / ".ci/run").read_text(encoding="utf-8").replace("install -q", "install")

@@ -159,7 +159,7 @@ def test_validation_holds_out_training_images(tmp_path, capsys):
     changed = replace(images, test_images=255 - images.test_images)
     second = start(images=changed, out=tmp_path / "second", validate=True)
     assert files.read_metrics(first)["data"]["name"] == (
-        "tiny, tested on a held-out part of its training images"
+        "tiny, whose test images are held-out training images"
     )
     assert without_times(read_history(first)) == without_times(read_history(second))
     first, second = (load_weights(out / "weights.safetensors") for out in (first, second))

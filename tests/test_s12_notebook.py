@@ -246,7 +246,7 @@ def test_counts_in_the_prose_are_those_on_file():
     uneven = ((one - other) ** 2 / (one + other)).sum()
     above = (s12["val_acc"] > s12["test_acc"]).sum()
     for text in (
-        f"AMD EPYC with bfloat16 instructions, {minutes:.0f} minutes",
+        f"bfloat16 instructions; its 24 epochs trained for {minutes:.0f} minutes",
         f"from {s12['images_per_s'][2]:.0f} images per second in epoch 3 to "
         f"{s12['images_per_s'][7]:.0f} in epoch 8, and is {s12['images_per_s'][9:].min():.0f} and",
         f"In {above} of the {len(s12)} epochs of the stored run the validation accuracy is above",
@@ -256,7 +256,7 @@ def test_counts_in_the_prose_are_those_on_file():
         f"Most mistakes, {errors[same].sum()}, stay among",
         f"lie between {predicted.min()} and {predicted.max():,}",
         f"Of all {wrong} mistakes only {sure} are made with more than 90 %. But this network "
-        f"gives only {all12:,} of its 10,000 answers with so much",
+        f"is more than 90 % sure in only {all12:,} of its 10,000 answers",
         f"only {sure} mistakes of S12 lie above 90 %, and {sure10} of S10",
         f"with {all12:,} answers above 90 % against {all10:,}",
         f"in {surer10:.0f} of 100 such pairs for S10, and in {surer:.0f} for S12",

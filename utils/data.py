@@ -267,7 +267,7 @@ def read_picture(path, size=None):
         raise InputError(f"no picture {path}; name one that exists") from error
     except Exception as error:  # a damaged file raises a dozen kinds, from OSError to RuntimeError
         raise InputError(
-            f"the picture {path} can't be read ({type(error).__name__}); replace or delete it"
+            f"{path} can't be read as a picture ({type(error).__name__}); replace or omit it"
         ) from error
 
 
@@ -346,7 +346,7 @@ def hold_out(data):
     split = with_validation(data)
     return replace(
         split,
-        name=f"{data.name}, tested on a held-out part of its training images",
+        name=f"{data.name}, whose test images are held-out training images",
         test_images=split.validation_images,
         test_labels=split.validation_labels,
         validation_images=None,

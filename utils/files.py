@@ -64,7 +64,7 @@ def save_table(rows, path):
 def read_table(path):
     """A DataFrame. Empty fields, versions, commits and fingerprints are texts."""
     texts = dict.fromkeys(("python", "torch", "torchvision", "commit", "data"), str)
-    return pd.read_csv(path, dtype=texts, keep_default_na=False)
+    return pd.read_csv(path, dtype=texts, keep_default_na=False, float_precision="round_trip")
 
 
 def save_figure(figure, path):
@@ -112,7 +112,7 @@ def read_checkpoint(path, identity=None, *, device="cpu"):
     if differing:
         raise InputError(
             f"the checkpoint {path} belongs to another run (its {' and '.join(differing)} "
-            "differs); delete it or choose another folder (--out)"
+            "differs); give the settings that it began with, or another folder (--out)"
         )
     return saved
 
@@ -144,7 +144,7 @@ def read_tensors(path):
     Raises InputError where there is no such file or it is damaged.
     """
     if not Path(path).is_file():
-        raise InputError(f"no weights file {path}; name one that python -m utils.train wrote")
+        raise InputError(f"no weights file {path}; name the weights.safetensors of a run")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     peak_epoch: PositiveFloat = 5
     """the epoch at whose end the rate is highest; may be a fraction"""
     batch_size: Annotated[int, Field(ge=2)] = 512
-    """images a step, of all processes together"""
+    """images per step, of all processes together"""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """adam's decay is in the gradient, adamw's decoupled; sgd has Nesterov momentum 0.9"""
     max_lr: PositiveFloat = 1e-2

@@ -46,7 +46,7 @@ class Options:
     """hold out a tenth of the training images and report on it, not on the test images; for
     choosing settings"""
     devices: int = 1
-    """processes a machine, under Lightning"""
+    """processes per machine, under Lightning"""
     num_nodes: int = 1
     """machines, under Lightning"""
     strategy: str = "auto"
