@@ -168,6 +168,25 @@ class Reader:
         plt.close("all")
 
 
+def assert_a_run_of_its_own(start, exercise, settings, fit, change):
+    """A changed recipe, in the kernel of the first run, trains like one in a kernel of its own.
+
+    `start` gives a `Reader`; `exercise`, `settings` and `fit` tell the place of the change, the
+    settings' cell and the training's. Returns the folder of the first run.
+    """
+    again, fresh = start(), start(change)
+    again.run(fit)
+    first = again.names["folder"]
+    again.edit(exercise, f"{change}\n{exercise}")
+    again.run(settings)
+    again.run(fit)
+    fresh.run(fit)
+    assert again.names["folder"] == fresh.names["folder"] != first
+    assert len(fresh.names["history"]) == 2
+    assert_same_state(again.names["model"], fresh.names["model"])
+    return first
+
+
 def read_history(out):
     """The rows of a run's history.csv."""
     return files.read_table(out / "history.csv").to_dict("records")

@@ -11,6 +11,7 @@ import torch
 
 from tests.conftest import (
     Reader,
+    assert_a_run_of_its_own,
     assert_same_state,
     cut_off_after,
     training_machine,
@@ -172,19 +173,9 @@ def test_a_reconnect_to_another_machine_goes_on_in_its_precision(another_kernel,
     assert done == ["float32", "bfloat16", "float32", "float32"]
 
 
-def test_a_changed_recipe_is_a_run_of_its_own(another_kernel, reader):
-    """In the same kernel, after the first run, by the settings' cell and the training's alone."""
+def test_a_changed_recipe_is_a_run_of_its_own(another_kernel):
     change = "recipe, train = recipe.scaled(epochs=2).replace(cutout=0), True"
-    reader_again, fresh = another_kernel(), another_kernel(change)
-    reader_again.run(FIT)
-    first = reader_again.names["folder"]
-    reader_again.edit(EXERCISE, f"{change}\n{EXERCISE}")
-    reader_again.run(SETTINGS)
-    reader_again.run(FIT)
-    assert reader_again.names["folder"] == fresh.names["folder"] != first
-    fresh.run(FIT)
-    assert len(fresh.names["history"]) == 2
-    assert_same_state(reader_again.names["model"], fresh.names["model"])
+    first = assert_a_run_of_its_own(another_kernel, EXERCISE, SETTINGS, FIT, change)
     assert files.read_checkpoint(first / "checkpoint.pt")["identity"]["recipe"]["cutout"] == 8
 
 

@@ -12,6 +12,7 @@ from scipy.stats import binomtest, chi2
 
 from tests.conftest import (
     Reader,
+    assert_a_run_of_its_own,
     assert_same_state,
     training_machine,
     without_times,
@@ -129,19 +130,9 @@ def test_interrupted_and_run_again_it_ends_as_it_would_have(
     assert_same_state(other.names["model"], reader.names["model"])
 
 
-def test_a_changed_recipe_is_a_run_of_its_own(another_kernel, reader):
-    """In the same kernel, after the first run, by the settings' cell and the training's alone."""
+def test_a_changed_recipe_is_a_run_of_its_own(another_kernel):
     change = "recipe = recipe.scaled(epochs=2).replace(rotation=0)"
-    again, fresh = another_kernel(), another_kernel(change)
-    again.run(FIT)
-    first = again.names["folder"]
-    again.edit(EXERCISE, f"{change}\n{EXERCISE}")
-    again.run(SETTINGS)
-    again.run(FIT)
-    assert again.names["folder"] == fresh.names["folder"] != first
-    fresh.run(FIT)
-    assert len(fresh.names["history"]) == 2
-    assert_same_state(again.names["model"], fresh.names["model"])
+    first = assert_a_run_of_its_own(another_kernel, EXERCISE, SETTINGS, FIT, change)
     assert files.read_checkpoint(first / "last.ckpt")["identity"]["recipe"]["rotation"] == 5
 
 
