@@ -92,7 +92,8 @@ def save_objects(objects, path):
     """By torch.save, which itself would leave half a file on a full disk and not say why."""
     content = io.BytesIO()
     torch.save(objects, content)
-    save_bytes(content.getbuffer(), path)
+    # a view (getbuffer) that an error holds can crash Python 3.12 when it is collected
+    save_bytes(content.getvalue(), path)
 
 
 def read_checkpoint(path, identity=None, *, device="cpu"):
