@@ -1,5 +1,6 @@
 """Files of a run, each writer beside its reader: tables, checkpoints, weights."""
 
+import functools
 import io
 import json
 import os
@@ -64,7 +65,9 @@ def save_table(rows, path):
 def read_table(path):
     """A DataFrame. Empty fields, versions, commits and fingerprints are texts."""
     texts = dict.fromkeys(("python", "torch", "torchvision", "commit", "data"), str)
-    return pd.read_csv(path, dtype=texts, keep_default_na=False, float_precision="round_trip")
+    read = functools.partial(pd.read_csv, path, dtype=texts, keep_default_na=False)
+    # again with Python's float, because pandas before 3 does not read to the last digit
+    return read(converters=dict.fromkeys(read().select_dtypes("float"), float))
 
 
 def save_figure(figure, path):
@@ -104,7 +107,7 @@ def read_checkpoint(path, identity=None, *, device="cpu"):
     try:
         # weights_only: a file from elsewhere must not run code
         saved = torch.load(path, map_location=device, weights_only=True)
-        wanted = saved["identity"] if identity is None else identity
+        wanted = identity or saved["identity"]
         differing = [key for key in wanted if saved["identity"].get(key) != wanted[key]]
     except Exception as error:  # a damaged file raises a dozen kinds, from OSError to UnicodeError
         raise InputError(

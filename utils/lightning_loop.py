@@ -305,6 +305,8 @@ def read_log(out):
 
     A column for each figure; where a step was logged twice, the later start counts.
     """
-    paths = Path(out, "csv").glob("version_*/metrics.csv")
-    paths = sorted(paths, key=lambda path: int(path.parent.name.removeprefix("version_")))
+    paths = sorted(
+        Path(out, "csv").glob("version_*/metrics.csv"),
+        key=lambda path: int(path.parent.name.removeprefix("version_")),
+    )
     return pd.concat([pd.read_csv(path) for path in paths]).groupby("step").last()

@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import TqdmExperimentalWarning
 
 from utils import InputError
 from utils.progress import progress_bar
 
 with warnings.catch_warnings():  # its import announces bars that are not used here
-    warnings.simplefilter("ignore", TqdmExperimentalWarning)
+    warnings.simplefilter("ignore")
     from torch_lr_finder import LRFinder, TrainDataLoaderIter, lr_finder
 
 
