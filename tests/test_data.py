@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import struct
+import sys
 import tarfile
 import urllib.error
 from functools import partial
@@ -347,6 +348,22 @@ def test_classes_a_level_too_deep(tmp_path):
         for name in ("animals/cat", "animals/emu", "plants/oak"):
             write(tmp_path / split / name / "0.png", picture(0))
     assert_refused(tmp_path / "train/animals", data.load, str(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such names")
+def test_a_class_whose_name_is_no_text(folder):
+    """As from an old archive: "café" in Latin-1."""
+    for split in ("train", "test"):
+        os.rename(folder / split / "cat", os.fsencode(folder / split) + b"/caf\xe9")
+    images = data.image_folder(folder)
+    assert "caf\udce9" in images.classes and len(images.fingerprint) == 16
+
+
+def test_the_home_folder_is_meant_by_its_short_name(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.setenv("USERPROFILE", str(folder.parent))
+    images = data.image_folder(f"~/{folder.name}")
+    assert images.fingerprint == data.image_folder(folder).fingerprint
 
 
 def test_a_class_is_the_same_in_both_forms_of_unicode(folder):

@@ -258,8 +258,9 @@ def test_names_are_no_markdown():
 
 def test_without_gradio_it_says_what_to_install(weights, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(SystemExit, match="^error: [^\n]*pip install gradio$"):
-        demo.main(["--weights", str(weights), "--data", "sample"])
+    for more in ([], ["--export", "space"]):
+        with pytest.raises(SystemExit, match="^error: [^\n]*pip install gradio$"):
+            demo.main(["--weights", str(weights), "--data", "sample", *more])
 
 
 # What is answered

@@ -78,13 +78,15 @@ def test_mixed_precision_on_a_cpu_that_multiplies_bfloat16(monkeypatch, abilitie
 
 
 def test_mixed_precision_is_what_this_gpu_can_not_the_current_one(monkeypatch):
-    capabilities = {0: (7, 5), 1: (8, 0), 2: (6, 1)}
+    capabilities = {0: (7, 5), 1: (8, 0), 2: (6, 1), 3: (7, 5)}
+    names = "Tesla T4", "NVIDIA A100", "Tesla P4", "NVIDIA GeForce GTX 1660 Ti"  # no tensor cores
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda device=None: capabilities[device.index]
     )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: names[device.index])
     dtypes = [devices.amp_dtype(torch.device("cuda", index)) for index in capabilities]
-    assert dtypes == [torch.float16, torch.bfloat16, None]
+    assert dtypes == [torch.float16, torch.bfloat16, None, None]
 
 
 @pytest.mark.parametrize("name, dtype", [

@@ -1,4 +1,4 @@
-"""One prediction in depth: probabilities, Grad-CAM, nearest pictures."""
+"""One prediction in depth: probabilities, Grad-CAM, features."""
 
 import pytest
 import torch
@@ -58,9 +58,3 @@ def test_embeddings_have_length_one_and_decide(model, images):
     with torch.no_grad():
         expected = F.normalize(model.embed(normalised(images)))
     torch.testing.assert_close(found, expected)
-
-
-def test_nearest_by_angle():
-    ours = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    theirs = F.normalize(torch.tensor([[0.0, -1.0], [1.0, 1.0], [3.0, 0.1], [0.1, 1.0]]))
-    assert explain.nearest(ours, theirs, 2).tolist() == [[2, 1], [3, 1]]

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and files that are damaged, foreign or evil."""
 
 import csv
+import errno
 import json
 import pathlib
 import pickle
@@ -144,6 +145,18 @@ def test_a_truncated_checkpoint_is_damaged(tmp_path, share):
     path = saved(tmp_path / "c.pt")
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     refused(path, "damaged")
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOTCONN, "Transport endpoint is not connected"), torch.OutOfMemoryError(),
+], ids=["OSError", "OutOfMemoryError"])
+def test_what_can_not_be_read_just_now_is_to_be_tried_again(tmp_path, monkeypatch, request, error):
+    def load(*_, **__):
+        raise error
+
+    path = saved(tmp_path / "c.pt")
+    monkeypatch.setattr(torch, "load", load)
+    refused(path, rf"can't be read \({request.node.callspec.id}\); try again, or if it is damaged")
 
 
 @pytest.mark.parametrize("content", [b"garbage", b"\x80\x02garbage", b"PK\x03\x04garbage"])

@@ -193,6 +193,12 @@ def record_weights(images, name="s10"):
     files.save_tensors(Small(3).state_dict(), files.IMAGES / name / "weights.safetensors", about)
 
 
+def test_an_empty_size_is_none(pictures, monkeypatch):
+    monkeypatch.setenv("COURSE_RESIZE", "")
+    monkeypatch.setattr(data, "load", lambda source, resize: tiny_images(resize or 12))
+    assert begin("s10")[1].size == (12, 12)
+
+
 @pytest.mark.parametrize("device, weights, wanted, train, epochs", [
     ("cpu", True, "", False, 24), ("cpu", True, "1", True, 24), ("cpu", False, "", True, 5),
     ("cpu", False, "1", True, 24), ("cuda", True, "", True, 24),

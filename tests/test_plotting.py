@@ -43,6 +43,7 @@ def counted(matrix, classes=()):
     matrix = torch.as_tensor(matrix)
     pairs = torch.cartesian_prod(*[torch.arange(len(matrix))] * 2)
     labels, predictions = pairs.repeat_interleave(matrix.flatten(), dim=0).T
+    classes = classes or tuple(map(str, range(len(matrix))))
     return Results(5.0 * F.one_hot(predictions, len(matrix)), labels, classes)
 
 
@@ -468,7 +469,8 @@ def test_calibration_draws_accuracy_by_confidence_the_gap_and_the_share_of_each_
     labels = torch.tensor([0, 0, 1, 1]).repeat(20)
     confidences = torch.cat([confidences, torch.full((19,), 0.72)])
     logits = torch.stack([confidences.log(), (1 - confidences).log()], dim=1)
-    ax = plotting.calibration(Results(logits, torch.cat([labels, torch.zeros(19).long()])))
+    labels = torch.cat([labels, torch.zeros(19).long()])
+    ax = plotting.calibration(Results(logits, labels, ("a", "b")))
     points = [[62, 0], [96, 200 / 3]]
     drawn = ax.lines[1].get_xydata()
     assert drawn[np.isfinite(drawn).all(axis=1)] == pytest.approx(np.array(points), rel=1e-5)

@@ -19,7 +19,8 @@ def some_results(draw):
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     count, classes = draw(st.integers(1, 60)), draw(st.integers(2, 6))
     logits = torch.from_numpy(generator.normal(0, 3, (count, classes)).astype(np.float32))
-    return Results(logits, torch.from_numpy(generator.integers(0, classes, count)))
+    labels = torch.from_numpy(generator.integers(0, classes, count))
+    return Results(logits, labels, tuple(map(str, range(classes))))
 
 
 @given(some_results())
@@ -86,7 +87,7 @@ def test_calibration_error_by_hand():
     logits = torch.stack([confidences.log(), (1 - confidences).log()], dim=1)
     assert [math.floor(15 * c) for c in confidences.tolist()] == [9, 9, 14, 14]
     expected = (2 * abs(0.62 - 0.5) + 2 * abs((0.95 + 0.98) / 2 - 0.5)) / 4
-    results = Results(logits, torch.tensor([0, 1, 0, 1]))
+    results = Results(logits, torch.tensor([0, 1, 0, 1]), ("a", "b"))
     assert results.calibration_error == pytest.approx(100 * expected, rel=1e-4)
 
 
@@ -119,13 +120,14 @@ def test_calibration_error_is_torchmetrics_and_the_mean_gap_of_the_bins(results)
 def test_calibration_counts_entire_certainty_in_the_last_bin():
     """0.95 wrong and 1 right, in one bin: 97.5 % sure, 50 % right."""
     logits = torch.tensor([[math.log(0.95), math.log(0.05)], [1000, 0]])
-    results = Results(logits, torch.tensor([1, 0]))
+    results = Results(logits, torch.tensor([1, 0]), ("a", "b"))
     assert results.calibration[0].tolist() == [0] * 14 + [2]
     assert results.calibration_error == pytest.approx(47.5)
 
 
 def test_calibration_error_of_a_diverged_network_is_not_a_number():
-    results = Results(torch.tensor([[math.nan, math.nan], [1, 0]]), torch.tensor([0, 0]))
+    logits = torch.tensor([[math.nan, math.nan], [1, 0]])
+    results = Results(logits, torch.tensor([0, 0]), ("a", "b"))
     assert math.isnan(results.calibration_error)
 
 

@@ -1,6 +1,7 @@
 """A recipe on data into a folder: what a run writes, where to, and in which precision."""
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -283,6 +284,15 @@ def test_resume_goes_on_in_the_newest_folder(here):
     assert contents(first) == before and len(list(Path("runs").iterdir())) == 2
 
 
+def test_the_newest_folder_need_not_have_the_highest_number(here):
+    for name, changed in (("s10-tiny-seed0", 5000), ("s10-tiny-seed0-2", 4000)):
+        folder = here / "runs" / name
+        folder.mkdir(parents=True)
+        os.utime(folder, (changed, changed))
+    with run.output_folder(SHORT, replace(OPTIONS, resume=True)) as out:
+        assert out == Path("runs/s10-tiny-seed0")
+
+
 @pytest.mark.parametrize("source", [".", "", "../colours/", "{}"])
 def test_the_folder_is_called_after_the_folder_of_the_data(here, monkeypatch, source):
     (here / "colours").mkdir()
@@ -390,10 +400,12 @@ def test_a_file_in_the_place_of_the_folder_is_left_alone(here, name):
 @pytest.mark.parametrize("settings, checkpoint, options, words", [
     (SHORT, "checkpoint.pt", {}, "mine holds a run already; add --resume"),
     (LIGHTNING, "last.ckpt", {}, "mine holds a run already; add --resume"),
-    (LIGHTNING, "checkpoint.pt", {"resume": True}, "mine holds a run of the other loop"),
-    (SHORT, "last.ckpt", {"resume": True}, "mine holds .* other loop; add --loop lightning"),
-    (SHORT, "checkpoint.pt", {"resume": True}, "checkpoint.pt is damaged"),
-    (LIGHTNING, "last.ckpt", {"resume": True}, "last.ckpt is damaged"),
+    (LIGHTNING, "checkpoint.pt", {"resume": True}, "mine holds a run .* add --loop plain"),
+    (SHORT, "last.ckpt", {"resume": True}, "mine holds a run .* add --loop lightning"),
+    (SHORT, "weights.safetensors", {"resume": True}, "mine holds a run .* name another --out"),
+    (LIGHTNING, "metrics.json", {"resume": True}, "mine holds a run .* name another --out"),
+    (SHORT, "checkpoint.pt", {"resume": True}, "checkpoint.pt can't be read .* damaged"),
+    (LIGHTNING, "last.ckpt", {"resume": True}, "last.ckpt can't be read .* damaged"),
     (SHORT, "", {"devices": 2}, "--devices, .* need --loop lightning"),
     (SHORT, "", {"strategy": "ddp"}, "need --loop lightning"),
 ])

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ON_CPU, read_history, tiny_images, without_times, write_folder
 from utils import InputError, data, files, run, train
@@ -162,7 +163,8 @@ def test_pictures_that_can_not_be_used_are_named_in_one_line(tmp_path):
 @pytest.mark.parametrize("error, words", [
     (KeyboardInterrupt(), r"\ninterrupted; [^\n]*--resume[^\n]*"),
     (InputError("lower it"), "error: lower it"),
-], ids=["interrupt", "error"])
+    (torch.OutOfMemoryError("CUDA out of memory. …"), "error: the GPU [^\n]*--batch-size[^\n]*"),
+], ids=["interrupt", "error", "memory"])
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_only_the_first_process_speaks(

@@ -49,7 +49,7 @@ class ImageData:
     @cached_property
     def fingerprint(self):
         """Sixteen hexadecimal digits of the SHA-256 of training and test images and class names."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy())
@@ -177,7 +177,7 @@ def image_folder(path, *, train=True, size=None):
     there are no training images. What is hidden, or has no ending of a picture, is left out, and
     said. Raises InputError where something is missing or broken.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     left_out = []
     try:
         splits = {split: _pictures_by_class(path / split, left_out) for split in ("train", "test")}
@@ -255,8 +255,8 @@ def read_picture(path, size=None):
 
     `size`: (height, width) to which its middle is resized; None: all of it, as large as it is.
     Turned as the camera was held, white where it is transparent, of an animation the first
-    picture. Grey values of 16 bits and floating-point ones of 0 to 1 are scaled to 8 bits. Raises
-    InputError where it can't be read.
+    picture. Grey values of 16 bits and floating-point ones of 0 to 1 are scaled to 8 bits, all
+    opaque. Raises InputError where it can't be read.
     """
     try:
         with Image.open(path) as picture:

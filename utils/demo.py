@@ -183,7 +183,7 @@ def surest_mistakes(results, count, true="", predicted=""):
 
     `true`, `predicted`: the name of a class; "" for any.
     """
-    wrong = results.predictions != results.labels
+    wrong = ~results.right
     for name, labels in ((true, results.labels), (predicted, results.predictions)):
         if name:
             wrong &= labels == results.classes.index(name)
@@ -199,13 +199,17 @@ def class_list(classes):
     return f"{len(names)} classes, from {names[0]} to {names[-1]}"
 
 
-def page(weights, source=None):
-    """The page, a `gradio.Blocks`, of a `Network`. Raises InputError without Gradio."""
+def _gradio():
     try:
-        import gradio as gr  # here, because it takes seconds
+        import gradio  # here, because it takes seconds
     except ImportError as error:
         raise InputError("the page needs Gradio; pip install gradio") from error
+    return gradio
 
+
+def page(weights, source=None):
+    """The page, a `gradio.Blocks`, of a `Network`. Raises InputError without Gradio."""
+    gr = _gradio()
     # Grad-CAM hooks into a network, which no other thread may use meanwhile. So there is one for
     # uploads, and one for all that needs the data; the events of each wait for one another.
     asked, network = Network(weights), Network(weights, source)
@@ -305,10 +309,9 @@ def export(folder, weights, source):
     """Writes a folder that Hugging Face Spaces runs as it is, with the test images that it shows.
 
     Those are the misclassified ones, and one of each class as an example. Raises InputError where
-    the folder holds something already.
+    the folder holds something already, and without Gradio.
     """
-    import gradio
-
+    gradio = _gradio()
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; name a new folder")
     here = Path(__file__).parent

@@ -58,14 +58,16 @@ def pick_device(name=None):
 def amp_dtype(device):
     """The dtype of mixed precision that pays on the device; None: float32 only.
 
-    bfloat16 on NVIDIA and AMD GPUs and on CPUs with instructions for it, float16 on older GPUs
-    with tensor cores; float32 on all other devices.
+    bfloat16 on NVIDIA and AMD GPUs and on x86 CPUs with instructions for it, float16 on older
+    GPUs with tensor cores; float32 on all other devices.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip or capability >= (8, 0):
             return torch.bfloat16
-        return torch.float16 if capability >= (7, 0) else None  # before: no tensor cores
+        # before 7.0 and in the GTX 16…: no tensor cores, and there wrong convolutions in float16
+        tensor_cores = capability >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device)
+        return torch.float16 if tensor_cores else None
     if device.type == "cpu":
         abilities = torch.cpu.get_capabilities()
         native = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
@@ -86,8 +88,8 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        name = torch.cpu.get_capabilities().get("cpu_name")
-        name = name or platform.processor() or platform.machine()
+        known = torch.cpu.get_capabilities().get("cpu_name")
+        name = known or platform.processor() or platform.machine()
         return f"{name} CPU, {torch.get_num_threads()} thread(s)"
     return str(device)
 

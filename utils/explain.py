@@ -77,13 +77,6 @@ def grad_cam(model, images, classes, *, layer="layer3"):
 
 
 def embeddings(model, images):
-    """What the linear layer sees of each image, float (N, 512), at length 1."""
+    """What the linear layer sees of each image, float (N, 512), at length 1: the product of two is
+    the cosine of the angle between them."""
     return F.normalize(_outputs(model.embed, model, images, "features"))
-
-
-def nearest(ours, theirs, count=3):
-    """For each of `ours` the `count` most similar of `theirs`, both by `embeddings`.
-
-    Indices int64 (N, count), by the cosine of the angle between them.
-    """
-    return (ours @ theirs.T).topk(count).indices

@@ -111,7 +111,8 @@ def read_checkpoint(path, identity=None, *, device="cpu"):
         differing = [key for key in wanted if saved["identity"].get(key) != wanted[key]]
     except Exception as error:  # a damaged file raises a dozen kinds, from OSError to UnicodeError
         raise InputError(
-            f"the checkpoint {path} is damaged or none of ours; delete it to start anew"
+            f"the checkpoint {path} can't be read ({type(error).__name__}); try again, or if it is "
+            "damaged, or none of ours, delete it to start anew"
         ) from error
     if differing:
         raise InputError(

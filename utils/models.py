@@ -181,8 +181,8 @@ def dirac_init(model):
 
 @torch.no_grad()
 def whiten(model, images):
-    """Makes the first convolution's outputs uncorrelated on `images`, the large ones of variance 1,
-    and fixes it.
+    """Makes the first convolution's outputs uncorrelated on `images`, but for the negated ones, the
+    large ones of variance 1, and fixes it.
 
     `images`: float (N, 3, H, W), normalised as in training. The filters are the eigenvectors of
     their 3×3 patches' covariance, each over the root of its eigenvalue, and the same negated;

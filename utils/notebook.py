@@ -1,10 +1,9 @@
 """What both notebooks begin with: which data, which device, whether to train, where to save.
 
-Environment variables are read here and nowhere else. COURSE_DATA: `cifar10` (the default) or a
-folder for the real run, `sample` for a run of a minute on the built-in sample, as in the tests.
-COURSE_RESIZE: the side to which the pictures of that folder are brought, as by --resize.
-COURSE_TRAIN=1 trains without a GPU too, which takes hours. COURSE_RUNS names the folder for
-runs, where `runs` is not to be it.
+Environment variables tell it. COURSE_DATA: `cifar10` (the default) or a folder for the real run,
+`sample` for a run of a minute on the built-in sample, as in the tests. COURSE_RESIZE: the side to
+which the pictures of that folder are brought, as by --resize. COURSE_TRAIN=1 trains without a GPU
+too, which takes hours. COURSE_RUNS names the folder for runs, where `runs` is not to be it.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ def begin(name):
     """
     devices.prepare()
     source = os.environ.get("COURSE_DATA", "cifar10")
-    resize = int(os.environ.get("COURSE_RESIZE", 0)) or None
+    resize = int(os.environ.get("COURSE_RESIZE") or 0) or None
     device = devices.pick_device()
     settings = recipe(name)
     dtype = devices.amp_dtype(device)

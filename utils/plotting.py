@@ -274,9 +274,7 @@ def compare_curves(histories, published=None, *, ax=None):
     for name, rows, style in curves:
         last = rows["test_acc"].iloc[-1]
         ax.plot(rows["epoch"], rows["test_acc"], label=f"{name} {last:.2f}", **style)
-    _, rows, _ = curves[-1]
-    lowest = rows["test_acc"].iloc[-1]
-    ax.set_ylim(lowest // 20 * 10, 100)
+    ax.set_ylim(last // 20 * 10, 100)  # of the lowest
     _name_epochs(ax, "test accuracy, %")
     _legend_above(ax, 2)
     return ax

@@ -26,9 +26,10 @@ class Recipe(BaseModel):
     """The settings of one training run. Rates are per optimizer step, accuracies in percent.
 
     The learning rate rises from `min_lr` to `max_lr`, reached at the end of epoch `peak_epoch`,
-    and falls to `final_lr` at the last step. Each field is a flag of `utils.train`, and the text
-    below it its help. A new field makes older checkpoints those of another recipe. Raises
-    InputError, in one line, for settings that can't be.
+    and falls to `final_lr` at the last step. Each field, except the name and what is
+    told of the source, is a flag of `utils.train`, and the text below it its help. A new field
+    makes older checkpoints those of another recipe. Raises InputError, in one line, for settings
+    that can't be.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

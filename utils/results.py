@@ -16,16 +16,13 @@ BINS = 15  # of confidence, from 0 to 1
 class Results:
     """Logits float (N, C) and labels int64 (N,) of N images, in their order, on the CPU.
 
-    `classes`: the names of the C classes; without names they are numbered. Shares are in percent.
+    `classes`: the names of the C classes; without them nothing is told by class. Shares are in
+    percent.
     """
 
     logits: Tensor
     labels: Tensor
     classes: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if not self.classes:
-            object.__setattr__(self, "classes", tuple(map(str, range(self.logits.shape[1]))))
 
     @cached_property
     def predictions(self):

@@ -98,7 +98,7 @@ def check_processes(recipe, options):
 
 @contextmanager
 def output_folder(recipe, options):
-    """The folder of the run that `options` ask for, which no other run can take any more.
+    """The folder of the run that `options` ask for, which no new run can take any more.
 
     Where nothing comes about it is given back at the end. Raises InputError where it can't be
     one, can't be written to, or holds another run.
@@ -112,7 +112,8 @@ def output_folder(recipe, options):
     if options.out is None:
         folders += [named.with_name(f"{named.name}-{number}") for number in range(2, 1000)]
     if options.resume:
-        folders = [path for path in folders if os.path.exists(path)][-1:] or [named]
+        there = filter(os.path.exists, folders)
+        folders = [max(there, key=os.path.getmtime, default=named)]
     for out in folders:
         reserved = _reserve(out)
         if reserved or options.resume:
@@ -122,8 +123,9 @@ def output_folder(recipe, options):
             f"{out} holds a run already; add --resume to go on with it, or name another --out"
         )
     there = [loop for loop, name in files.CHECKPOINTS.items() if (out / name).exists()]
-    if there and recipe.loop not in there:
-        raise InputError(f"{out} holds a run of the other loop; add --loop {there[0]}")
+    if recipe.loop not in there and _holds_run(out):
+        mend = f"add --loop {there[0]}" if there else "name another --out"
+        raise InputError(f"{out} holds a run without a checkpoint of this loop; {mend}")
     try:
         yield out
     finally:

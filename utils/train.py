@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
 
 import matplotlib.pyplot as plt
+import torch
 import tyro
 
 from utils import InputError, data, recipes, run
@@ -51,7 +52,7 @@ class Arguments(run.Options):
 
 
 def main(arguments=None):
-    hint = "; the same command with --resume goes on from the last whole epoch"
+    hint = "; the same command with --resume goes on from the last whole epoch, where there is one"
     with as_command(hint=hint):
         args = tyro.cli(Arguments, args=arguments, prog="python -m utils.train")
         speaks = contextlib.nullcontext() if run.is_first_process(args) else _silence()
@@ -73,6 +74,8 @@ def as_command(*, hint=""):
             yield
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU has too little memory; try a smaller --batch-size, or --resize")
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted{hint}")
 
@@ -83,7 +86,7 @@ def _silence():
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
-    except (InputError, OSError, KeyboardInterrupt):
+    except (InputError, OSError, torch.OutOfMemoryError, KeyboardInterrupt):
         sys.exit(1)
 
 

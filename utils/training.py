@@ -59,7 +59,7 @@ def assert_finite(loss):
     if not math.isfinite(loss):
         raise InputError(
             "the loss is not finite any more; lower the recipe's max_lr or give more epochs "
-            "(the checkpoint of the last whole epoch is kept)"
+            "(the checkpoint of the last whole epoch, where there is one, is kept)"
         )
 
 

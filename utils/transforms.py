@@ -32,8 +32,8 @@ class BatchAugmentation:
         images = random_crop(images, recipe.padding, generator, mode=recipe.padding_mode)
         if not recipe.alternating_flip:
             images = random_flip(images, recipe.flip, generator)
-        elif epoch % 2:
-            images = images.flip(3)  # a random half of them is mirrored already
+        elif recipe.flip and epoch % 2:
+            images = images.flip(3)  # a random share of them is mirrored already
         if recipe.rotation:
             images = random_rotation(images.float(), recipe.rotation, generator)
         if recipe.brightness:

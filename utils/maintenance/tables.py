@@ -76,7 +76,8 @@ def rungs(name="s10_best", folder=IMAGES):
     it stands on, with test-time flip. `rung`, `on`, the number from 1 of the rung that it adds
     something to, and `kept` are what rungs.csv says of it; `accuracies` those of the seeds in
     percent, and `gain` the text of the difference of the means and its standard error. That is
-    the same for all, from the spread of the seeds pooled over all rungs.
+    the same for all, from the spread of the seeds pooled over all rungs; for the flip, which
+    compares the same networks, it is too large.
     """
     table = files.read_table(Path(folder, name, "rungs.csv"))
     trials = files.read_table(Path(folder, name, "tuning.csv"))
