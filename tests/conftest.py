@@ -9,6 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from torch import nn
 
@@ -18,6 +19,9 @@ from utils.models import CustomResNet
 
 CPU = torch.device("cpu")
 ON_CPU = ["--device", "cpu", "--precision", "fp32"]
+
+settings.register_profile("patient", settings.default, deadline=None)  # machines have other work
+settings.load_profile("patient")
 
 
 def write_folder(root, *, train, test, side=32):

@@ -212,7 +212,7 @@ def test_draws_of_an_image_depend_on_seed_epoch_and_index_alone():
 # Several processes
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     count=st.integers(1, 200), processes=st.integers(1, 8),
     seed=st.integers(0, 2**32 - 1), number=st.integers(0, 99),
@@ -312,7 +312,7 @@ def evaluated(images, *, processes):
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(count=st.integers(1, 5000), processes=st.integers(1, 6))
 def test_each_image_is_evaluated_once_in_as_many_batches_by_each_process(count, processes):
     images = pixels_with_numbers(count)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +34,11 @@ def test_without_an_accelerator_the_best_device_is_the_cpu(monkeypatch):
 def test_freed_memory_is_kept():
     """Of 400 MB that are filled and freed, twice, in a process of its own."""
     script = """
-import torch
+import resource, torch
 from pathlib import Path
 from utils import devices
-def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 def left():
     before = resident()
     tensor = torch.ones(100_000_000)
@@ -87,6 +89,11 @@ def test_mixed_precision_is_what_this_gpu_can_not_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: names[device.index])
     dtypes = [devices.amp_dtype(torch.device("cuda", index)) for index in capabilities]
     assert dtypes == [torch.float16, torch.bfloat16, None, None]
+
+
+def test_the_name_of_a_cpu_ends_with_its_threads():
+    """As the README's table wants it."""
+    assert re.fullmatch(r"\S.* CPU, [1-9]\d* thread\(s\)", devices.device_name(CPU))
 
 
 @pytest.mark.parametrize("name, dtype", [

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from utils import explain
+from utils.data import ImageData
 from utils.models import CustomResNet
 
 MEAN, STD = (0.5, 0.25, 0.125), (0.1, 0.2, 0.3)
@@ -33,6 +34,18 @@ def test_probabilities_are_the_softmax_of_normalised_images(model, images):
     with torch.no_grad():
         expected = model(normalised(images)).softmax(1)
     torch.testing.assert_close(explain.probabilities(model, images), expected)
+
+
+def test_predictions_are_made_in_the_precision_that_is_asked_for(model, images):
+    images = ImageData("five", ("a", "b", "c"), *[images, torch.tensor([0, 1, 2, 0, 1])] * 2)
+    model.classes = images.classes
+    for dtype in (None, torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            expected = model(normalised(images.test_images)).float()
+        found = explain.predictions(model, images, dtype=dtype).logits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    full = explain.predictions(model, images).logits
+    assert not torch.equal(found, full)
 
 
 @pytest.mark.parametrize("layer, side", [("layer3", 2), ("layer1", 8)])

@@ -159,8 +159,11 @@ def test_dirac_init_passes_the_input_on():
     model = CustomResNet()
     first, others = model.prep[0].weight.clone(), model.layer1.conv[0].weight[64:].clone()
     dirac_init(model)
-    x = torch.randn(2, 64, 8, 8)
-    assert torch.equal(model.layer1.conv[0](x)[:, :64], x)
+    convolutions = [each for each in model.modules() if isinstance(each, nn.Conv2d)]
+    assert len(convolutions) == 8
+    for conv in convolutions[1:]:
+        x = torch.randn(2, conv.in_channels, 8, 8)
+        assert torch.equal(conv(x)[:, : conv.in_channels], x)
     assert torch.equal(model.prep[0].weight, first)
     assert torch.equal(model.layer1.conv[0].weight[64:], others)
 

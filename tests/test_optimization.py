@@ -173,7 +173,7 @@ def test_scaled_recipes_keep_the_peak_at_the_same_fraction(name, epochs):
     assert rates[-1] == pytest.approx(original.min_lr, rel=1e-12)
 
 
-@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(
     steps=st.integers(1, 200),
     epochs=st.integers(2, 30),
@@ -329,17 +329,32 @@ def test_after_a_range_test_all_is_as_if_there_had_been_none(name, capsys):
     one_cycle(optimizer, settings, total_steps=10)
 
 
-def test_range_test_that_is_interrupted_puts_everything_back():
+def test_range_test_stops_where_the_loss_is_twice_the_lowest():
     model, batches, optimizer = make_task()
-    other, *_ = make_task()
+    found = lr_range_test(model, batches, optimizer, S10, start_lr=1e-3, end_lr=1e3, steps=200)
+    doubled = found["smoothed"] > 2 * found["smoothed"].cummin()
+    assert 1 < len(found) < 200
+    assert doubled.tolist() == [False] * (len(found) - 1) + [True]
+
+
+def test_range_test_that_is_interrupted_puts_everything_back():
+    clipped = S10.replace(gradient_clip=0.01)
+    model, batches, optimizer = make_task(clipped)
+    other, *_ = make_task(clipped)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    optimizer.register_step_post_hook(interrupt)
+    hook = optimizer.register_step_post_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        lr_range_test(model, batches, optimizer, S10, steps=20)
+        lr_range_test(model, batches, optimizer, clipped, steps=20)
     assert_same_state(model, other)
+    hook.remove()
+    (parameter, *_) = model.parameters()
+    for each in model.parameters():
+        each.grad = torch.full_like(each, 100.0)
+    optimizer.step()
+    assert (parameter.grad == 100).all()  # nothing clips any more
 
 
 def test_range_test_takes_the_batches_of_a_recipe():

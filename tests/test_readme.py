@@ -14,7 +14,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from utils import data, files, run
+from utils import data, evaluate, files, run
 from utils.maintenance import tables
 from utils.recipes import RECIPES
 
@@ -86,6 +86,10 @@ def test_continuous_integration_runs_the_quick_start():
     assert steps <= set(re.findall(r"- run: (.*)", workflow))
 
 
+def test_the_commands_of_the_pages_are_found():
+    assert {"utils.train s10", "utils.evaluate picture.jpg", "utils.demo"} <= set(COMMANDS)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -111,7 +115,11 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     names = {}
     exec(python_of("README.md"), names)
     assert names["model"].metadata["recipe"] == "s10"
-    assert list(ast.literal_eval(capsys.readouterr().out)) == list(names["model"].classes)
+    shares = ast.literal_eval(capsys.readouterr().out)
+    assert list(shares) == list(names["model"].classes)
+    evaluate.main(["picture.jpg", "--precision", "fp32"])
+    printed = capsys.readouterr().out
+    assert "s10, seed 0" in printed and f"{max(shares, key=shares.get)} " in printed
 
 
 def test_the_range_test_is_made_by_the_python_of_its_page(tmp_path, monkeypatch, small_network):
@@ -156,6 +164,8 @@ def test_the_cost_of_the_result():
     (minutes,) = re.findall(r"(\d+) minutes on two CPU cores", README)
     runs = files.read_table(IMAGES / "s10" / "runs.csv")
     assert int(minutes) == round(runs["seconds"].mean() / 60)
+    assert f"**The result:** {runs['test_acc'].mean():.2f} % of the test images" in README
+    assert f"mirror image gives {runs['test_acc_flip'].mean():.2f} %" in README
 
 
 def test_the_benchmark_page_tells_what_was_measured():

@@ -183,6 +183,7 @@ def few_shapes(monkeypatch):
         test_images=sample.test_images[::7, :, ::2, ::2], test_labels=sample.test_labels[::7],
     )
     monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("COURSE_RESIZE", raising=False)
     monkeypatch.setenv("COURSE_DATA", "sample")
     monkeypatch.setattr(data, "builtin_sample", lambda: sample)
     monkeypatch.setattr(notebook, "SAMPLE_WIDTH", 2)

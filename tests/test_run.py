@@ -29,10 +29,12 @@ from utils import InputError, data, devices, files, models, run, training, trans
 from utils.batches import evaluation_batches
 from utils.models import load_weights
 from utils.recipes import recipe
+from utils.results import Results
 
 OPTIONS = run.Options(data="tiny", device="cpu", precision="fp32")
 SHORT = recipe("s10").scaled(epochs=2, batch_size=14).replace(padding=1, cutout=2)
 LIGHTNING = SHORT.replace(loop="lightning")
+SAVE_FIGURES = run.save_figures  # which most tests here leave out
 
 
 def start(recipe=SHORT, *, images=None, **options):
@@ -74,6 +76,20 @@ def test_a_run_writes_these_files(out):
         with Image.open(out / f"{name}.png") as figure:
             figure.load()
             assert min(figure.size) > 100
+
+
+def test_each_figure_is_called_what_it_shows(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(files, "save_figure", lambda figure, path: drawn.update({
+        path.stem: figure.axes[0].get_xlabel() + " | " + figure.axes[0].get_ylabel()}))
+    images, rows = tiny_images(), [{"epoch": 1, "train_acc": 50.0, "train_loss": 1.0}]
+    results = Results(torch.randn(18, 3), images.test_labels, images.classes)
+    SAVE_FIGURES(tmp_path, SHORT, images, results, rows)
+    assert drawn == {
+        "schedule": "epoch | learning rate", "loss": "epoch | loss",
+        "accuracy": "epoch | accuracy, %", "per_class": "accuracy, % | ",
+        "confusion": "predicted class | true class", "misclassified": " | ",
+    }
 
 
 @pytest.mark.parametrize("name, epochs, runs, expected", [
@@ -198,13 +214,15 @@ def test_a_picture_that_fails_costs_no_run(tmp_path, monkeypatch):
 
 
 def git(folder, *arguments):
-    settings = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    settings = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
     command = ["git", "-C", str(folder), *settings, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
 def test_commit(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)  # of a hook, perhaps: of the repository that it is in
     current_commit = run.current_commit.__wrapped__  # asked anew each time
     (tmp_path / "utils").mkdir()
     monkeypatch.setattr(run, "__file__", str(tmp_path / "utils" / "run.py"))

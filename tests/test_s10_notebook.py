@@ -4,10 +4,13 @@ import copy
 import itertools
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import (
     Reader,
@@ -95,6 +98,26 @@ def test_a_target_that_is_not_reached_is_told_so(reader, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"^over 90 % from epoch .* not reached$", printed, re.MULTILINE)
     assert f"{reader.names['last']['test_acc']:.2f} %\n" in printed
+
+
+@pytest.mark.parametrize("name", ["s10_best", "s12", "resnet9"])
+def test_the_target_and_the_claim_stay_those_of_the_assignment(reader, name, capsys):
+    other = Reader(PATH)
+    other.names |= {**reader.names, "recipe": recipes.recipe(name)}
+    other.run(TARGET)
+    assert re.search(r"^test accuracy +90 % +93.07 %", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_picture_of_ones_own_in_colab(reader, monkeypatch, tmp_path):
+    """Or, where that is cancelled, the one that is there."""
+    mine = tmp_path / "mine.png"
+    Image.new("RGB", (40, 30), "teal").save(mine)
+    for uploaded, asked in (({str(mine): b""}, "mine.png"), ({}, "custom_resnet.png")):
+        colab = SimpleNamespace(files=SimpleNamespace(upload=lambda own=uploaded: own))
+        monkeypatch.setitem(sys.modules, "google.colab", colab)
+        reader.run("colab.upload()")
+        assert reader.names["own_names"] == [asked]
+        assert reader.names["answers"].shape == (1, 10)
 
 
 def test_later_cells_do_the_same_whenever_they_are_run(reader, capsys):

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +22,7 @@ from tests.conftest import (
 )
 from utils import (
     data,
+    demo,
     explain,
     files,
     lightning_loop,
@@ -93,6 +96,17 @@ def test_this_run_stands_beside_the_recorded_ones(reader):
     column = reader.names["table"]["this run"]
     assert column["test accuracy, %"] == reader.names["history"][-1]["test_acc"]
     assert column["epochs"] == 4
+
+
+def test_colab_opens_the_page_of_this_run(reader, monkeypatch):
+    page = mock.Mock()
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(demo, "page", page)
+    reader.run("demo.page(")
+    weights = reader.names["folder"] / "weights.safetensors"
+    assert weights.is_file()
+    assert page.mock_calls == [mock.call(weights, "few-shapes"), mock.call().launch()]
 
 
 def test_later_cells_do_the_same_whenever_they_are_run(reader, capsys):

@@ -163,8 +163,9 @@ def test_pictures_that_can_not_be_used_are_named_in_one_line(tmp_path):
 @pytest.mark.parametrize("error, words", [
     (KeyboardInterrupt(), r"\ninterrupted; [^\n]*--resume[^\n]*"),
     (InputError("lower it"), "error: lower it"),
+    (OSError("the share is gone"), "error: the share is gone"),
     (torch.OutOfMemoryError("CUDA out of memory. …"), "error: the GPU [^\n]*--batch-size[^\n]*"),
-], ids=["interrupt", "error", "memory"])
+], ids=["interrupt", "error", "system", "memory"])
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_only_the_first_process_speaks(

@@ -73,7 +73,7 @@ def test_outputs_are_the_81_crops_of_the_padded_image(augment, height, width, mo
     assert {output.numpy().tobytes() for output in pixels(outputs)} == crops
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(arrays(np.uint8, array_shapes(min_dims=4, max_dims=4, max_side=6)), st.integers(0, 6))
 def test_pad_is_numpys(images, padding):
     widths = [(0, 0), (0, 0), (padding, padding), (padding, padding)]
@@ -289,7 +289,7 @@ def test_a_float_input_stays_as_it_is():
     assert images.unique().tolist() == [255]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(arrays(np.uint8, (2, 3, 4, 5)), st.floats(0, 1), st.floats(0.05, 1))
 def test_normalisation_has_an_inverse(images, mean, std):
     images = torch.from_numpy(images)
